@@ -1,0 +1,9 @@
+"""Which GGUF model runs on which GPU, and who leaves.
+
+The base package needs nothing but the standard library; the proxy lives in the
+``serve`` extra and is not imported from here.
+"""
+
+from llama_gpu._core import __version__
+
+__all__ = ["__version__"]

@@ -1,0 +1,1 @@
+//! Facts about a model, derived once from its header.
