@@ -1,0 +1,286 @@
+"""Every setting with its default and its meaning. No file is read here.
+
+The keys of ``server``, ``server_pool`` and ``gpu`` that Llama-Smart-Proxy's files carry
+keep their names and their meaning, units included (its timeouts are seconds).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    PrivateAttr,
+)
+
+CacheType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
+Strategy = Literal["single-gpu-preferred", "distribute", "pack"]
+CpuPolicy = Literal["never", "partial", "allow"]
+
+
+def _switch(on: str, off: str) -> BeforeValidator:
+    """YAML reads a bare on, off, yes or no as a boolean; this gives the word back."""
+    return BeforeValidator(lambda value: (on if value else off) if isinstance(value, bool) else value)
+
+
+_one_or_many = BeforeValidator(lambda value: [value] if isinstance(value, str | int | Path) else value)
+_all_is_none = BeforeValidator(lambda value: None if value == "all" else value)
+
+Texts = Annotated[tuple[str, ...], _one_or_many]
+GpuNames = Annotated[tuple[int | str, ...], _one_or_many]
+Layers = Annotated[NonNegativeInt | None, _all_is_none]
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+class _Settings(BaseModel):
+    # The texts under the fields are their descriptions: they reach the reference in the
+    # README and the JSON schema.
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelOptions(_Settings):
+    """How a model is loaded and kept. The defaults are llama-server's where it has one."""
+
+    context_length: NonNegativeInt = 8192
+    """Tokens of context, for all slots together (llama-server's -c); 0 = trained length."""
+    parallel: PositiveInt = 4
+    """Slots: requests that one server answers at the same time."""
+    kv_unified: bool = True
+    """The slots share one cache; false gives each an equal part of the context."""
+    batch: PositiveInt = 2048
+    """Logical batch, in tokens."""
+    micro_batch: PositiveInt = 512
+    """Physical batch, in tokens; it costs compute memory."""
+    flash_attention: Annotated[Literal["auto", "on", "off"], _switch("on", "off")] = "auto"
+    """auto, on or off."""
+    cache_type_k: CacheType = "f16"
+    """Type of the cached keys: f32, f16, bf16, q8_0, q4_0, q4_1, iq4_nl, q5_0 or q5_1."""
+    cache_type_v: CacheType = "f16"
+    """Type of the cached values; a quantised one needs flash attention."""
+    gpu_layers: Layers = None
+    """Layers on the GPU, the output layer counts; unset or all = every layer, 0 = CPU only."""
+    cpu_moe_layers: NonNegativeInt | Literal["all"] = 0
+    """How many layers keep their experts on the CPU, or all."""
+    kv_offload: bool = True
+    """true keeps the cache on the GPU, false in host memory."""
+    swa_full: bool = False
+    """Full-size cache for sliding-window layers."""
+    threads: PositiveInt | None = None
+    """CPU threads; unset leaves the choice to the engine."""
+    mmproj: Annotated[
+        Literal["auto", "none"] | Path, Field(union_mode="left_to_right"), _switch("auto", "none")
+    ] = "auto"
+    """A projector file; auto takes the one beside the model, none takes none."""
+    draft: Path | None = None
+    """A draft model's file, for speculative decoding."""
+    embeddings: bool | None = None
+    """Serve embeddings; unset = as the model's header says."""
+    pinned: bool = False
+    """Loaded at start and never evicted."""
+    priority: int = 0
+    """Of two idle models the one with the lower priority leaves first."""
+    cpu: CpuPolicy | None = None
+    """When no GPU fits: never, partial or allow the CPU; unset = as gpu.cpu_fallback says."""
+    partial: bool = False
+    """May leave some layers on the CPU when no GPU fits them all."""
+    gpus: GpuNames | None = None
+    """The GPUs it may use, by UUID or index; unset = any."""
+    max_gpus: PositiveInt | None = None
+    """At most this many GPUs; unset = any number."""
+    aliases: Annotated[Texts, Field(validation_alias=AliasChoices("aliases", "alias"))] = ()
+    """Other names that requests may use."""
+    extra_arguments: tuple[str, ...] = ()
+    """Flags handed to llama-server as they are."""
+    ttl_seconds: PositiveFloat | None = None
+    """Unloaded after so many idle seconds; unset = never."""
+    start_timeout_seconds: PositiveFloat | None = None
+    """Seconds that a start may take; unset = server_pool.health_timeout."""
+
+
+class ServerSettings(_Settings):
+    """The endpoint that clients talk to."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; any but loopback wants api_keys."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8080
+    """Port to listen on; 0 takes any free one."""
+    api_keys: Annotated[Texts, Field(repr=False)] = ()
+    """Keys of which every request must carry one as its bearer token; none = no check."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether others than this machine can reach the endpoint without a key."""
+        return not is_loopback(self.host) and not self.api_keys
+
+
+class ServerPoolSettings(_Settings):
+    """The llama.cpp servers behind the endpoint."""
+
+    size: PositiveInt | None = None
+    """How many servers may run at once; unset = as GPU memory allows, 4 on the CPU."""
+    host: str = "127.0.0.1"
+    """Loopback address of the servers; they never listen on another."""
+    port_start: Port | None = None
+    """The servers' ports count up from here; unset = any free port."""
+    gpu_layers: Layers = None
+    """gpu_layers of every model that has none of its own; 99 has always meant all."""
+    request_timeout: PositiveFloat = 600
+    """Seconds to wait for an answer to begin, and for each next piece of a stream."""
+    health_timeout: PositiveFloat = 600
+    """Seconds that a server may take until it is healthy."""
+    queue_size: PositiveInt = 256
+    """Requests that may wait for one model to load; more are told to come back (429)."""
+    queue_timeout: PositiveFloat = 600
+    """Seconds that a request may wait for its model to load, then 503."""
+    stop_timeout: PositiveFloat = 10
+    """Seconds between asking a server to end and killing it."""
+    drain_timeout: NonNegativeFloat = 30
+    """Seconds that running answers get when the proxy is told to end."""
+
+    @property
+    def bind_host(self) -> str:
+        """The loopback address that servers listen on, whatever ``host`` says."""
+        return self.host if is_loopback(self.host) and self.host != "localhost" else "127.0.0.1"
+
+
+class GpuSettings(_Settings):
+    """Which GPUs are used, and how models are laid on them."""
+
+    enabled: bool = True
+    """false serves everything on the CPU."""
+    enable_gpu_monitoring: bool = True
+    """Read the GPUs at every interval; false reads them only when a model is to be placed."""
+    monitoring_interval: PositiveFloat = 5.0
+    """Seconds between two readings."""
+    allocation_strategy: Strategy = "single-gpu-preferred"
+    """single-gpu-preferred: the GPU that fits best, several only when one is not enough;
+    distribute: the emptiest GPU; pack: the fullest that still fits."""
+    gpu_allocation_strategy: Strategy | None = None
+    """The same; wins over allocation_strategy."""
+    cpu_fallback: bool | None = None
+    """true: a model that fits no GPU runs on the CPU; unset: only where there is no GPU;
+    false: never, not even there."""
+    headroom_bytes: Annotated[ByteSize, Field(ge=0)] = ByteSize(256 * 1024 * 1024)
+    """Memory left free on every GPU, such as 268435456 or 256MiB."""
+    allowed: GpuNames | None = None
+    """The GPUs that may be used at all, by UUID or index; unset = every GPU."""
+
+    @property
+    def strategy(self) -> Strategy:
+        """The strategy that holds: ``gpu_allocation_strategy`` wins."""
+        return self.gpu_allocation_strategy or self.allocation_strategy
+
+    @property
+    def cpu_policy(self) -> CpuPolicy:
+        """What a model that fits no GPU may do, unless its own ``cpu`` says otherwise."""
+        return "allow" if self.cpu_fallback else "never"
+
+    @property
+    def serves_without_gpu(self) -> bool:
+        """Whether models run on the CPU where no GPU is usable."""
+        return not self.enabled or self.cpu_fallback is not False
+
+
+class EngineSettings(_Settings):
+    """The llama.cpp that does the work."""
+
+    kind: Literal["auto", "llama-server", "embedded"] = "auto"
+    """auto: llama-server where there is one, else the embedded engine."""
+    path: Path | None = None
+    """The llama-server program; unset = the one on PATH."""
+
+
+class LogSettings(_Settings):
+    """What is written to the standard error stream."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """debug, info, warning or error."""
+    format: Literal["console", "json"] = "console"
+    """console for people, json for programs."""
+
+
+class Config(_Settings):
+    """The whole configuration. Immutable: a change makes another one."""
+
+    models_dirs: Annotated[
+        tuple[Path, ...],
+        _one_or_many,
+        Field(min_length=1, validation_alias=AliasChoices("models_dirs", "models_dir")),
+    ] = (Path("models"),)
+    """Folders searched for *.gguf files; in a file, relative to that file."""
+    defaults: ModelOptions = ModelOptions()
+    """Options of every model."""
+    models: dict[str, ModelOptions] = {}
+    """Options by model id; * and ? match, later ones win, the exact id wins over all."""
+    server: ServerSettings = ServerSettings()
+    """The endpoint that clients talk to."""
+    server_pool: ServerPoolSettings = ServerPoolSettings()
+    """The llama.cpp servers behind the endpoint."""
+    gpu: GpuSettings = GpuSettings()
+    """Which GPUs are used, and how models are laid on them."""
+    engine: EngineSettings = EngineSettings()
+    """The llama.cpp that does the work."""
+    log: LogSettings = LogSettings()
+    """What is written to the standard error stream."""
+
+    _notes: tuple[str, ...] = PrivateAttr(default=())
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What its owner should hear once, at start, in sentences."""
+        found = list(self._notes)
+        if self.server.is_open:
+            found.append(
+                f"server.host {self.server.host} lets other machines in and there is no key: "
+                "anybody who reaches this port can use the models. "
+                "Set server.api_keys, or listen on 127.0.0.1."
+            )
+        if not is_loopback(self.server_pool.host):
+            found.append(
+                f"server_pool.host {self.server_pool.host} is not used: "
+                "llama.cpp servers listen on loopback only."
+            )
+        return tuple(found)
+
+    def patterns_for(self, model_id: str) -> tuple[str, ...]:
+        """The keys of ``models`` that speak of this model, weakest first."""
+        name = model_id.lower()
+        matching = [key for key in self.models if key.lower() != name and fnmatchcase(name, key.lower())]
+        return (*matching, *(key for key in self.models if key.lower() == name))
+
+    def options_for(self, model_id: str) -> ModelOptions:
+        """The options of one model: ``defaults``, then every matching key of ``models``.
+
+        What is left to other sections (``cpu``, ``gpu_layers``, ``start_timeout_seconds``)
+        is filled in from them, so that the answer stands alone.
+        """
+        chosen: dict[str, Any] = {
+            "cpu": self.gpu.cpu_policy,
+            "gpu_layers": self.server_pool.gpu_layers,
+            "start_timeout_seconds": self.server_pool.health_timeout,
+        }
+        for options in (self.defaults, *(self.models[key] for key in self.patterns_for(model_id))):
+            chosen |= {name: getattr(options, name) for name in options.model_fields_set}
+        return ModelOptions().model_copy(update=chosen)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach ``host``."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
