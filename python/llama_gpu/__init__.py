@@ -4,6 +4,6 @@ The base package needs nothing but the standard library; the proxy lives in the
 ``serve`` extra and is not imported from here.
 """
 
-from llama_gpu._core import __version__
+from llama_gpu._core import Gpu, GpuProcess, GpuSnapshot, __version__, snapshot_gpus
 
-__all__ = ["__version__"]
+__all__ = ["Gpu", "GpuProcess", "GpuSnapshot", "__version__", "snapshot_gpus"]

@@ -1,10 +1,14 @@
 //! `llama_gpu._core`: one file per room of the core, this one lists what is exported.
 
 mod errors;
+mod gpu;
 
 #[pyo3::pymodule(gil_used = false)]
 mod _core {
     use pyo3::prelude::*;
+
+    #[pymodule_export]
+    use crate::gpu::{PyGpu, PyGpuProcess, PyGpuSnapshot, snapshot_gpus};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

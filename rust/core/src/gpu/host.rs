@@ -1,0 +1,111 @@
+//! What the operating system knows about GPUs and memory, where NVML does not tell.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// The system's files, below a root that a test can move.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Host {
+    root: PathBuf,
+}
+
+impl Default for Host {
+    fn default() -> Self {
+        Self::at("/")
+    }
+}
+
+/// The system's memory in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct SystemMemory {
+    pub(super) total_bytes: u64,
+    /// What can be had without swapping: page cache counts, unlike in `MemFree`.
+    pub(super) available_bytes: u64,
+}
+
+impl Host {
+    /// The system whose `/proc` and `/sys` lie below `root`.
+    pub fn at(root: impl Into<PathBuf>) -> Self {
+        Self { root: root.into() }
+    }
+
+    fn read(&self, path: &str) -> Option<String> {
+        let bytes = fs::read(self.root.join(path)).ok()?;
+        Some(String::from_utf8_lossy(&bytes).into_owned())
+    }
+
+    /// The version of the NVIDIA kernel module that is running.
+    pub(super) fn kernel_module(&self) -> Option<String> {
+        self.read("proc/driver/nvidia/version")?
+            .split_whitespace()
+            .find(|word| {
+                word.contains('.') && word.split('.').all(|part| part.parse::<u32>().is_ok())
+            })
+            .map(str::to_owned)
+    }
+
+    /// Whether this is an NVIDIA system on a chip, whose GPU shares the system's memory.
+    pub(super) fn is_tegra(&self) -> bool {
+        self.read("proc/device-tree/compatible")
+            .is_some_and(|names| names.contains("nvidia,tegra"))
+    }
+
+    /// `MemTotal` and `MemAvailable`, no more than the control group allows.
+    pub(super) fn memory(&self) -> Option<SystemMemory> {
+        let text = self.read("proc/meminfo")?;
+        let field = |name: &str| -> Option<u64> {
+            let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+            let kibibytes: u64 = line
+                .trim_start_matches(':')
+                .split_whitespace()
+                .next()?
+                .parse()
+                .ok()?;
+            kibibytes.checked_mul(1024)
+        };
+        let mut memory = SystemMemory {
+            total_bytes: field("MemTotal")?,
+            available_bytes: field("MemAvailable")?,
+        };
+        let group = |name: &str| -> Option<u64> {
+            self.read(&format!("sys/fs/cgroup/{name}"))?
+                .trim()
+                .parse()
+                .ok()
+        };
+        if let Some(limit) = group("memory.max") {
+            let left = limit.saturating_sub(group("memory.current").unwrap_or(0));
+            memory.total_bytes = memory.total_bytes.min(limit);
+            memory.available_bytes = memory.available_bytes.min(left);
+        }
+        memory.available_bytes = memory.available_bytes.min(memory.total_bytes);
+        Some(memory)
+    }
+
+    /// Whether there are NVIDIA display devices and all of them sleep.
+    pub(super) fn all_gpus_asleep(&self) -> bool {
+        let Ok(devices) = fs::read_dir(self.root.join("sys/bus/pci/devices")) else {
+            return false;
+        };
+        let mut found = false;
+        for device in devices.flatten() {
+            let path = device.path();
+            if !is_nvidia_display(&path) {
+                continue;
+            }
+            found = true;
+            let status = fs::read_to_string(path.join("power/runtime_status")).unwrap_or_default();
+            if status.trim() != "suspended" {
+                return false;
+            }
+        }
+        found
+    }
+}
+
+fn is_nvidia_display(device: &Path) -> bool {
+    let starts = |file: &str, prefix: &str| {
+        fs::read_to_string(device.join(file)).is_ok_and(|text| text.trim().starts_with(prefix))
+    };
+    starts("vendor", "0x10de") && starts("class", "0x03")
+}
