@@ -8,9 +8,8 @@ import subprocess
 import sys
 from typing import Any
 
-from support.fake_nvml import GIB, MIB, FakeGpu, FakeNvml, FakeProcess
-
 import llama_gpu as lg
+from support.fake_nvml import GIB, MIB, FakeGpu, FakeNvml, FakeProcess
 
 READ_WITH_NVIDIA_ML_PY = """
 import json, pynvml as nvml
@@ -18,7 +17,8 @@ nvml.nvmlInit()
 
 def read(handle, parent=None):
     memory = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
-    listed = nvml.nvmlDeviceGetComputeRunningProcesses(handle) + nvml.nvmlDeviceGetGraphicsRunningProcesses(handle)
+    listed = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    listed += nvml.nvmlDeviceGetGraphicsRunningProcesses(handle)
     return {
         "uuid": nvml.nvmlDeviceGetUUID(handle),
         "name": nvml.nvmlDeviceGetName(handle),
