@@ -1,1 +1,0 @@
-//! Facts about a model, derived once from its header.
