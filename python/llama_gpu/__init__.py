@@ -4,6 +4,30 @@ The base package needs nothing but the standard library; the proxy lives in the
 ``serve`` extra and is not imported from here.
 """
 
-from llama_gpu._core import Gpu, GpuProcess, GpuSnapshot, __version__, snapshot_gpus
+from llama_gpu._core import (
+    Gpu,
+    GpuProcess,
+    GpuSnapshot,
+    Header,
+    Metadata,
+    MetadataArray,
+    Shard,
+    Tensor,
+    __version__,
+    read_header,
+    snapshot_gpus,
+)
 
-__all__ = ["Gpu", "GpuProcess", "GpuSnapshot", "__version__", "snapshot_gpus"]
+__all__ = [
+    "Gpu",
+    "GpuProcess",
+    "GpuSnapshot",
+    "Header",
+    "Metadata",
+    "MetadataArray",
+    "Shard",
+    "Tensor",
+    "__version__",
+    "read_header",
+    "snapshot_gpus",
+]

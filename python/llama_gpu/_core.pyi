@@ -5,8 +5,9 @@ read a file or ask the driver let go of the interpreter while they wait; the oth
 take microseconds and do not.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, Self, final
+from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
+from typing import Any, Literal, Self, final, overload
 
 __version__: str
 """The version of the package, as in its wheel."""
@@ -195,4 +196,185 @@ def snapshot_gpus() -> GpuSnapshot:
     Never raises because of the driver: without one, or with a broken one, the snapshot has no
     GPUs and says why in ``error``. ``LLAMA_GPU_NVML_LIBRARY`` names a library to load in place
     of the driver's ``libnvidia-ml.so.1``.
+    """
+
+# --- gguf --------------------------------------------------------------------
+
+@final
+class Header:
+    """What the file or files of a model say of it: metadata and tensors, never weights.
+
+    Two headers are equal when all that was read is, the files' sizes and times included.
+    A pickle holds the path: unpickling reads the header there and then.
+    """
+
+    @property
+    def version(self) -> int:
+        """The GGUF version, 2 or 3."""
+
+    @property
+    def byte_order(self) -> Literal["little", "big"]:
+        """The order of the bytes in the file's numbers."""
+
+    @property
+    def alignment(self) -> int:
+        """Tensors begin at multiples of this many bytes."""
+
+    @property
+    def architecture(self) -> str | None:
+        """``general.architecture``, such as ``"llama"``."""
+
+    @property
+    def metadata(self) -> Metadata:
+        """Keys and values; of a split model those of its first file."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors of all files, in their order."""
+
+    @property
+    def parameter_count(self) -> int:
+        """The elements of all tensors."""
+
+    @property
+    def quantization(self) -> str | None:
+        """The quantisation, such as ``"Q4_K_M"``.
+
+        As ``general.file_type`` names it, else the type that most bytes of the tensors have.
+        """
+
+    @property
+    def trained_context_length(self) -> int | None:
+        """``<architecture>.context_length``, in tokens."""
+
+    @property
+    def file_bytes(self) -> int:
+        """The size of all files together."""
+
+    @property
+    def path(self) -> str:
+        """The path that was asked for."""
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The files: one, or all of a split model."""
+
+    def __eq__(self, other: object, /) -> bool: ...
+
+@final
+class Tensor:
+    """What a header says about one tensor."""
+
+    def __new__(
+        cls,
+        *,
+        name: str,
+        shape: Sequence[int],
+        type: str,  # noqa: A002
+        bytes: int,  # noqa: A002
+        offset: int,
+        shard: int = 0,
+    ) -> Self: ...
+    @property
+    def name(self) -> str:
+        """The name, such as ``"blk.0.attn_q.weight"``."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Elements per dimension, the length of a row first, as in the file."""
+
+    @property
+    def type(self) -> str:
+        """The ggml type, such as ``"Q4_K"``."""
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of its data, without padding."""
+
+    @property
+    def offset(self) -> int:
+        """Bytes from the start of its file's data section (``Shard.data_offset``)."""
+
+    @property
+    def shard(self) -> int:
+        """Which of the header's ``shards`` it lies in."""
+
+    def __eq__(self, other: object, /) -> bool: ...
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
+
+@final
+class Shard:
+    """One file of a model."""
+
+    def __new__(cls, *, path: str | PathLike[str], file_bytes: int, data_offset: int) -> Self: ...
+    @property
+    def path(self) -> str:
+        """Where it is."""
+
+    @property
+    def file_bytes(self) -> int:
+        """Its size."""
+
+    @property
+    def data_offset(self) -> int:
+        """Where its data section begins, in bytes from the start of the file."""
+
+    def __eq__(self, other: object, /) -> bool: ...
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
+
+@final
+class Metadata(Mapping[str, Any]):
+    """A header's metadata: a read-only mapping in the order of the file.
+
+    Values are ``int``, ``float``, ``bool``, ``str`` (``bytes`` for a string that is not UTF-8),
+    a ``tuple`` for arrays of up to 4096 numbers, and a ``MetadataArray`` for longer ones and for
+    lists of strings. Strings of more than 128 KiB and the elements of a ``MetadataArray`` are
+    read from the file when asked for.
+
+    Looking up such a value can raise ``OSError`` or, if the file is no longer the one
+    that was read or the value has more than 32 MiB, ``InvalidGgufError``.
+    """
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[str]: ...
+    def __getitem__(self, key: str, /) -> Any: ...
+    def get(self, key: str, default: Any = None, /) -> Any: ...
+    def __eq__(self, other: object, /) -> bool: ...
+
+@final
+class MetadataArray(Sequence[Any]):
+    """A list in the metadata, such as the tokens of a vocabulary.
+
+    Its length is known; its elements are read from the file, all at once, when the first is
+    asked for. Equal to a list or tuple of equal elements.
+
+    Raises:
+        OSError: reading elements, the file is gone or unreadable.
+        InvalidGgufError: reading elements, the file is no longer the one whose header was read
+            (``reason`` ``"file_changed"``) or the list has more than 32 MiB (``"value_too_large"``).
+    """
+
+    @property
+    def element_type(self) -> str:
+        """The type of its elements, as llama.cpp spells it: such as ``"str"`` or ``"f32"``."""
+
+    def __len__(self) -> int: ...
+    @overload
+    def __getitem__(self, index: int, /) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice, /) -> list[Any]: ...
+    def __eq__(self, other: object, /) -> bool: ...
+
+def read_header(path: str | PathLike[str], *, cached: bool = True) -> Header:
+    """Read the header of a GGUF model. Lets go of the interpreter.
+
+    Of a split model (``NAME-00001-of-00003.gguf``) the path of any file will do; all are read.
+    A header that was read before is taken from memory as long as size, times and inode of its
+    files are the same; ``cached=False`` reads it in any case.
+
+    Raises:
+        OSError: a file is missing (``FileNotFoundError``), unreadable (``PermissionError``),
+            a folder (``IsADirectoryError``) or no regular file.
+        InvalidGgufError: a file breaks the format, is incomplete, or the files of a split model do
+            not belong together; ``reason`` and ``offset`` say how and where.
     """

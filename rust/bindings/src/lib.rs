@@ -1,17 +1,25 @@
 //! `llama_gpu._core`: one file per room of the core, this one lists what is exported.
 
 mod errors;
+mod gguf;
 mod gpu;
+mod metadata;
 
 #[pyo3::pymodule(gil_used = false)]
 mod _core {
     use pyo3::prelude::*;
 
     #[pymodule_export]
+    use crate::gguf::{PyHeader, PyShard, PyTensor, read_header};
+    #[pymodule_export]
+    use crate::metadata::{PyMetadata, PyMetadataArray};
+
+    #[pymodule_export]
     use crate::gpu::{PyGpu, PyGpuProcess, PyGpuSnapshot, snapshot_gpus};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        crate::metadata::register(module.py())?;
         module.add("__version__", env!("CARGO_PKG_VERSION"))
     }
 }

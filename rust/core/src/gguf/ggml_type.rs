@@ -79,6 +79,11 @@ ggml_types! {
 }
 
 impl GgmlType {
+    /// The type of that [`name`](Self::name).
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.iter().copied().find(|known| known.name() == name)
+    }
+
     /// The name of a type that llama.cpp once had and has removed.
     pub const fn removed_name(number: u32) -> Option<&'static str> {
         Some(match number {
