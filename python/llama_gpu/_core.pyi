@@ -9,6 +9,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any, Literal, Self, final, overload
 
+__all__ = [
+    "Gpu",
+    "GpuProcess",
+    "GpuSnapshot",
+    "Header",
+    "Metadata",
+    "MetadataArray",
+    "Shard",
+    "Tensor",
+    "__version__",
+    "read_header",
+    "snapshot_gpus",
+]
+
 __version__: str
 """The version of the package, as in its wheel."""
 
