@@ -106,7 +106,7 @@ def test_an_older_server_is_not_given_flags_it_does_not_know() -> None:
     old = Engine(kind="llama-server", command=("old",), flags=frozenset({"-m", "--no-webui"}))
     argv = planned(old).argv
     assert "--no-webui" in argv
-    assert not {"--fit", "-dev", "--no-ui", "--offline", "--no-log-prefix"} & set(argv)
+    assert not {"--fit", "-dev", "--no-ui", "--offline", "--log-prefix"} & set(argv)
 
 
 def test_a_plan_moves_to_another_port() -> None:

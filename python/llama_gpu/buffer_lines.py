@@ -11,12 +11,12 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["BufferLines", "LoadedBuffers", "without_prefix"]
+__all__ = ["BufferLines", "LoadedBuffers", "split_prefix"]
 
 MIB = 1024 * 1024
 
-# common/log.cpp puts "0.00.031.659 I " before a line unless told otherwise.
-PREFIX = re.compile(r"^\d+\.\d\d\.\d\d\d\.\d\d\d [A-Z] ")
+# common/log.cpp puts "0.00.031.659 I " before a line: minutes to microseconds since the start, and the level.
+PREFIX = re.compile(r"^\d+\.\d\d\.\d\d\d\.\d\d\d ([A-Z]) ")
 
 # llama-model.cpp load_tensors, llama-kv-cache.cpp, llama-memory-recurrent.cpp, llama-context.cpp
 # sched_reserve and output_reserve, llama-adapter.cpp
@@ -36,9 +36,11 @@ LONGEST_LINE = 300
 REPLACED = frozenset({"compute", "output"})
 
 
-def without_prefix(line: str) -> str:
-    """A log line without llama.cpp's time and level."""
-    return PREFIX.sub("", line)
+def split_prefix(line: str) -> tuple[str, str]:
+    """The level of a log line (``"E"``, ``"W"``, ``"I"``, …; empty where it has none) and its text."""
+    if found := PREFIX.match(line):
+        return found[1], line[found.end() :]
+    return "", line
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,12 @@ class Engine:
         """Whether this engine accepts ``flag``, spelled exactly so."""
         return flag in self.flags
 
+    def describe(self) -> str:
+        """One line for a person: what it is, where, and why it was chosen."""
+        what = f"{self.kind} {self.version or '(unknown version)'}"
+        where = f", {self.command[0]}" if self.kind == "llama-server" else ""
+        return f"{what}{where}" + (f" ({self.reason})" if self.reason else "")
+
 
 @dataclass(frozen=True, slots=True)
 class LaunchPlan:
@@ -104,6 +110,7 @@ def plan_launch(
     kv_offload: bool = True,
     swa_full: bool = False,
     mmproj: str | Path | None = None,
+    draft: str | Path | None = None,
     embeddings: bool = False,
     pooling: str | None = None,
     threads: int | None = None,
@@ -138,6 +145,7 @@ def plan_launch(
         kv_offload: Whether the KV cache lies on the GPU.
         swa_full: Full-size cache for sliding-window layers.
         mmproj: A multimodal projector.
+        draft: A smaller model of the same vocabulary, for speculative decoding; it goes to the same devices.
         embeddings: Whether ``/v1/embeddings`` answers. Chat still does.
         pooling: ``"none"``, ``"mean"``, ``"cls"``, ``"last"`` or ``"rank"``; ``None`` leaves it to the model.
         threads: Threads for generation; ``None`` leaves it to llama.cpp (one per physical core).
@@ -158,22 +166,15 @@ def plan_launch(
     argv += ["-c", str(context_length), "-np", str(parallel), "-kvu" if kv_unified else "-no-kvu"]
     argv += ["-b", str(batch), "-ub", str(micro_batch), "-fa", flash_attention]
     argv += ["-ctk", cache_type_k, "-ctv", cache_type_v]
-    if cpu_moe_layers == "all":
-        argv += ["-cmoe"]
-    elif cpu_moe_layers:
-        argv += ["-ncmoe", str(cpu_moe_layers)]
-    if not kv_offload:
-        argv += ["-nkvo"]
-    if swa_full:
-        argv += ["--swa-full"]
-    if mmproj is not None:
-        argv += ["--mmproj", str(mmproj)]
-    if embeddings:
-        argv += ["--embeddings"]
-    if pooling is not None:
-        argv += ["--pooling", pooling]
-    if threads is not None:
-        argv += ["-t", str(threads)]
+    argv += _experts_flags(cpu_moe_layers)
+    argv += ["-nkvo"] if not kv_offload else []
+    argv += ["--swa-full"] if swa_full else []
+    argv += ["--mmproj", str(mmproj)] if mmproj is not None else []
+    if draft is not None:
+        argv += _draft_flags(engine, draft, on_gpu=bool(gpu_uuids), extra_arguments=extra_arguments)
+    argv += ["--embeddings"] if embeddings else []
+    argv += ["--pooling", pooling] if pooling is not None else []
+    argv += ["-t", str(threads)] if threads is not None else []
     argv += ["--cache-ram", str(cache_ram_bytes // MIB)]
     argv += _service_flags(engine)
     argv += extra_arguments
@@ -208,6 +209,22 @@ def _placement_flags(
     return flags
 
 
+def _experts_flags(cpu_moe_layers: int | Literal["all"]) -> list[str]:
+    if cpu_moe_layers == "all":
+        return ["-cmoe"]
+    return ["-ncmoe", str(cpu_moe_layers)] if cpu_moe_layers else []
+
+
+def _draft_flags(
+    engine: Engine, draft: str | Path, *, on_gpu: bool, extra_arguments: Sequence[str]
+) -> list[str]:
+    flags = ["-md", str(draft), "-ngld", str(EVERY_LAYER if on_gpu else 0)]
+    if engine.knows("--spec-type") and "--spec-type" not in extra_arguments:
+        # A draft model alone does nothing: common/arg.cpp infers no type from a plain one.
+        flags += ["--spec-type", "draft-simple"]
+    return flags
+
+
 def _proportion(share: float) -> str:
     # Rounding to fewer digits could move a layer across the border between two GPUs.
     return str(int(share)) if share == int(share) else repr(float(share))
@@ -217,7 +234,8 @@ def _service_flags(engine: Engine) -> list[str]:
     flags = ["--metrics", "--slots"]
     # Buffer sizes are logged at level 4 (common/log.cpp maps libllama's INFO to TRACE).
     flags += ["-lv", "4"]
-    optional = ("--no-log-prefix", "--no-log-timestamps", "--offline")
+    # With both, every line says its level in a form that can be told from the text.
+    optional = ("--log-prefix", "--log-timestamps", "--offline")
     flags += [flag for flag in optional if engine.knows(flag)]
     interface = next((flag for flag in ("--no-ui", "--no-webui") if engine.knows(flag)), None)
     return [*flags, *([interface] if interface else [])]

@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 import aiohttp
 
-from llama_gpu.buffer_lines import BufferLines, LoadedBuffers, without_prefix
+from llama_gpu.buffer_lines import BufferLines, LoadedBuffers, split_prefix
 from llama_gpu.errors import ServerError, ServerExitedError, StartTimeoutError
 from llama_gpu.launch import UNASSIGNED_PORT, LaunchPlan
 from llama_gpu.log_lines import LogLines
@@ -44,10 +44,7 @@ REAP_SECONDS = 5.0  # a killed process that is not gone by then hangs in the ker
 
 SPAWN = Path(__file__).with_name("engine") / "spawn.py"
 PORT_TAKEN = "couldn't bind HTTP server socket"  # tools/server/server-http.cpp server_http_context::start
-TELLING = re.compile(
-    r"\b(error|failed|cannot|couldn't|invalid|unknown|unsupported|unrecognized|out of memory)\b",
-    re.IGNORECASE,
-)
+TELLING = re.compile(r"\b(error|failed|cannot|couldn't|invalid|unrecognized|out of memory)\b", re.IGNORECASE)
 
 _groups: set[int] = set()
 
@@ -107,6 +104,7 @@ class Server:
         self._grace_seconds = stop_grace_seconds
         self._on_log = on_log
         self._buffers = BufferLines()
+        self._first_error: str | None = None
         self._state: ServerState = "stopped"
         self._owner: asyncio.Task[None] | None = None
         self._failure: Callable[[], ServerError] | None = None
@@ -225,6 +223,7 @@ class Server:
         """One process from spawn to reaped; leaves ``_failure`` unset when it ended while starting."""
         self._state = "starting"
         self.log_tail.clear()
+        self._first_error = None
         self._buffers = BufferLines()
         began = time.monotonic()
         process, log = await self._spawn()
@@ -305,7 +304,9 @@ class Server:
             return None
 
     def _take_line(self, raw: str) -> None:
-        line = without_prefix(raw)
+        level, line = split_prefix(raw)
+        if level == "E" and self._first_error is None:
+            self._first_error = line
         self.log_tail.append(line)
         self._buffers.feed(line)
         if self._on_log is not None:
@@ -323,8 +324,12 @@ class Server:
         )
 
     def _exited_error(self) -> ServerError:
-        when = "while loading" if self.started_seconds is None else "by itself"
-        cause = next((line for line in self.log_tail if TELLING.search(line)), None)
+        telling = [line for line in self.log_tail if TELLING.search(line)]
+        if self.started_seconds is None:
+            # What fails first drags the rest along: later errors only repeat that loading failed.
+            when, cause = "while loading", self._first_error or next(iter(telling), None)
+        else:
+            when, cause = "by itself", next(reversed(telling), None)
         detail = f": {cause.strip()}" if cause else ""
         return ServerExitedError(
             f"the server of {self.model} ended {when} (exit code {self.exit_code}){detail}",

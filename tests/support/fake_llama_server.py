@@ -80,6 +80,9 @@ VALUES = {
     "--pooling": "pooling",
     "-t": "threads",
     "--cache-ram": "cache_ram",
+    "-md": "draft",
+    "-ngld": "draft_layers",
+    "--spec-type": "spec_type",
     "--fake": "fake",
 }
 SWITCHES = (
@@ -93,7 +96,7 @@ SWITCHES = (
     "--slots",
     "--no-ui",
 )
-SWITCHES += ("--no-log-prefix", "--no-log-timestamps", "--offline")
+SWITCHES += ("--log-prefix", "--log-timestamps", "--offline")
 PUBLIC = ("/health", "/v1/health")
 MIB = 1024 * 1024
 

@@ -39,6 +39,8 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument("-a", "--alias", default="")
     group.add_argument("--mmproj", default="", metavar="FILE")
     group.add_argument("--no-mmproj-offload", action="store_true")
+    group.add_argument("-md", "--model-draft", "--spec-draft-model", default="", metavar="FILE")
+    group.add_argument("--spec-type", action="append", default=[], metavar="TYPE")
     group.add_argument("--lora", action="append", default=[], metavar="FILE")
 
 
@@ -72,6 +74,9 @@ def _add_memory(group: argparse._ArgumentGroup) -> None:
 
 def _add_devices(group: argparse._ArgumentGroup) -> None:
     group.add_argument("-ngl", "--gpu-layers", "--n-gpu-layers", type=_layers, default=ALL_LAYERS)
+    group.add_argument(
+        "-ngld", "--gpu-layers-draft", "--n-gpu-layers-draft", type=_layers, default=ALL_LAYERS
+    )
     group.add_argument("-sm", "--split-mode", choices=("none", "layer", "row", "tensor"), default="layer")
     group.add_argument("-ts", "--tensor-split", type=_proportions, default=[])
     group.add_argument("-mg", "--main-gpu", type=int, default=0)
@@ -79,6 +84,8 @@ def _add_devices(group: argparse._ArgumentGroup) -> None:
     group.add_argument("-cmoe", "--cpu-moe", action="store_true")
     group.add_argument("-ot", "--override-tensor", default="")
     group.add_argument("-nkvo", "--no-kv-offload", action="store_true")
+    group.add_argument("-nr", "--no-repack", action="store_true")
+    group.add_argument("--no-host", action="store_true")
     group.add_argument("-fit", "--fit", choices=("on", "off"), default="off")
 
 
@@ -106,6 +113,9 @@ def _add_service(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--props", action="store_true")
     group.add_argument("-lv", "--verbosity", "--log-verbosity", type=int, default=3)
     group.add_argument("--no-ui", "--no-webui", dest="ui", action="store_false")
+    # The package offers no way to turn these off.
+    group.add_argument("--log-prefix", action="store_true", help="always on")
+    group.add_argument("--log-timestamps", action="store_true", help="always on")
     group.add_argument("--offline", action="store_true")
 
 

@@ -46,6 +46,7 @@ def common_params(arguments: argparse.Namespace) -> xllamacpp.CommonParams:
     _memory(params, arguments)
     _devices(params, arguments)
     _work(params, arguments)
+    _draft(params, arguments)
     return params
 
 
@@ -88,6 +89,8 @@ def _devices(params: xllamacpp.CommonParams, arguments: argparse.Namespace) -> N
     params.tensor_split = (arguments.tensor_split + [0.0] * room)[:room]
     params.main_gpu = arguments.main_gpu
     params.no_kv_offload = arguments.no_kv_offload
+    params.no_extra_bufts = arguments.no_repack
+    params.no_host = arguments.no_host
     params.fit_params = arguments.fit == "on"
     overrides = [arguments.override_tensor] if arguments.override_tensor else []
     if arguments.cpu_moe:
@@ -113,6 +116,17 @@ def _work(params: xllamacpp.CommonParams, arguments: argparse.Namespace) -> None
     )
     params.n_cache_reuse = arguments.cache_reuse
     params.warmup = arguments.warmup
+
+
+def _draft(params: xllamacpp.CommonParams, arguments: argparse.Namespace) -> None:
+    params.speculative.draft.mparams.path = arguments.model_draft
+    params.speculative.draft.n_gpu_layers = arguments.gpu_layers_draft
+    names = [name for names in arguments.spec_type for name in names.split(",")]
+    if names:
+        params.speculative.types = [
+            _member(xllamacpp.common_speculative_type, "COMMON_SPECULATIVE_TYPE", name.replace("-", "_"))
+            for name in names
+        ]
 
 
 def _member(enumeration: Any, prefix: str, name: str) -> Any:

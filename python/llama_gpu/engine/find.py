@@ -9,7 +9,9 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 from llama_gpu.engine.arguments import known_flags
 from llama_gpu.errors import ConfigError
@@ -18,12 +20,10 @@ from llama_gpu.launch import Engine
 __all__ = ["EMBEDDED", "embedded_engine", "find_engine", "llama_server_engine"]
 
 EMBEDDED = "embedded"
-AUTOMATIC = "auto"
-CONFIG_KEY = "engine"
 
 HOW_TO_GET_ONE = (
     "install the embedded engine with: pip install 'llama-gpu[engine]' ; "
-    "or put llama.cpp's llama-server on PATH or name its path in the configuration as `engine`"
+    "or put llama.cpp's llama-server on PATH, or set engine.path to it"
 )
 
 ANSWER_SECONDS = 30.0  # a first start may read hundreds of megabytes of CUDA libraries from a slow disk
@@ -32,33 +32,42 @@ VERSION = re.compile(r"^version:\s*(.+)$", re.MULTILINE)
 NEEDED_FLAGS = frozenset({"-m", "--alias", "--port", "-ngl", "--metrics"})
 
 
-def find_engine(configured: str | None = None) -> Engine:
+def find_engine(
+    path: str | Path | None = None, *, kind: Literal["auto", "llama-server", "embedded"] = "auto"
+) -> Engine:
     """The engine to start servers with.
 
+    Runs ``llama-server --help`` and ``--version`` the first time it sees a program, so do not call it in
+    an event loop. A program that was installed or replaced since the last call is found.
+
     Args:
-        configured: A path or a command name; ``"embedded"``; ``"auto"`` or ``None`` for
-            ``llama-server`` on PATH, else the embedded engine.
+        path: The ``llama-server`` to use, or the name of a command on PATH.
+        kind: ``"auto"``: the one at ``path`` if given, else ``llama-server`` on PATH, else the embedded
+            engine; ``"llama-server"``: the same, but never the embedded one; ``"embedded"``: no other.
 
     Raises:
-        ConfigError: What was configured does not work, or there is no engine at all; the message says how
-            to get one. Runs ``llama-server --help`` and ``--version``: do not call it in an event loop.
+        ConfigError: What was configured does not work, or there is no engine; says how to get one.
     """
-    if configured == EMBEDDED:
+    if kind == "embedded":
         return embedded_engine(reason="configured")
-    if configured not in (None, AUTOMATIC):
-        path = shutil.which(Path(configured or "").expanduser())
-        if path is None:
+    if path is not None:
+        found = shutil.which(Path(path).expanduser())
+        if found is None:
             raise ConfigError(
-                f"engine {configured!r} is not an executable file nor a command on PATH; {HOW_TO_GET_ONE}",
-                key=CONFIG_KEY,
+                f"engine.path {str(path)!r} is no executable file nor a command on PATH; {HOW_TO_GET_ONE}",
+                key="engine.path",
             )
-        return llama_server_engine(Path(path).absolute(), reason="configured")
-    path = shutil.which("llama-server")
-    if path is None:
+        return llama_server_engine(Path(found).absolute(), reason="configured")
+    found = shutil.which("llama-server")
+    if found is None:
+        if kind == "llama-server":
+            raise ConfigError(f"no llama-server on PATH; {HOW_TO_GET_ONE}", key="engine.kind")
         return embedded_engine(reason="no llama-server on PATH")
     try:
-        return llama_server_engine(path, reason="found on PATH")
+        return llama_server_engine(Path(found).absolute(), reason="found on PATH")
     except ConfigError as error:
+        if kind == "llama-server":
+            raise
         return embedded_engine(reason=f"llama-server on PATH cannot be used: {error}")
 
 
@@ -72,7 +81,7 @@ def embedded_engine(reason: str = "") -> Engine:
         because = f" ({reason})" if reason else ""
         raise ConfigError(
             f"no llama.cpp engine{because}: the package xllamacpp is not installed; {HOW_TO_GET_ONE}",
-            key=CONFIG_KEY,
+            key="engine",
         )
     return Engine(
         kind="embedded",
@@ -90,30 +99,35 @@ def llama_server_engine(path: str | Path, reason: str = "") -> Engine:
     Raises:
         ConfigError: It does not run, or is no llama-server.
     """
+    try:
+        status = Path(path).stat()
+    except OSError as error:
+        raise ConfigError(f"engine.path {str(path)!r}: {error.strerror}", key="engine.path") from error
+    flags, version = _examined(str(path), status.st_mtime_ns, status.st_size)
+    return Engine(kind="llama-server", command=(str(path),), flags=flags, version=version, reason=reason)
+
+
+@lru_cache(maxsize=8)
+def _examined(path: str, _modified_ns: int, _size_bytes: int) -> tuple[frozenset[str], str | None]:
+    """Flags and version, asked once for each build that lies at ``path``."""
     flags = frozenset(
         name for line in HELP_LINE.findall(_output(path, "--help")) for name in re.split(r",\s+", line)
     )
     if missing := NEEDED_FLAGS - flags:
         raise ConfigError(
             f"{path} is no llama-server that can be used: --help does not list {', '.join(sorted(missing))}",
-            key=CONFIG_KEY,
+            key="engine.path",
         )
     version = VERSION.search(_output(path, "--version"))
-    return Engine(
-        kind="llama-server",
-        command=(str(path),),
-        flags=flags,
-        version=version[1].strip() if version else None,
-        reason=reason,
-    )
+    return flags, version[1].strip() if version else None
 
 
-def _output(path: str | Path, flag: str) -> str:
+def _output(path: str, flag: str) -> str:
     # No GPU is needed to print a text, and a CUDA context would take memory on every one.
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     try:
         done = subprocess.run(
-            [str(path), flag],
+            [path, flag],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -125,8 +139,8 @@ def _output(path: str | Path, flag: str) -> str:
         said = error.stdout.decode("utf-8", "replace").strip().splitlines()
         detail = f": {said[-1]}" if said else ""
         raise ConfigError(
-            f"`{path} {flag}` ended with exit code {error.returncode}{detail}", key=CONFIG_KEY
+            f"`{path} {flag}` ended with exit code {error.returncode}{detail}", key="engine"
         ) from error
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise ConfigError(f"`{path} {flag}` does not run: {error}", key=CONFIG_KEY) from error
+        raise ConfigError(f"`{path} {flag}` does not run: {error}", key="engine") from error
     return done.stdout.decode("utf-8", "replace")
