@@ -1,4 +1,4 @@
-"""Write a tiny model that says of itself that it talks nonsense: ``make_demo_model.py PATH``.
+"""Write a tiny model that says of itself that it talks nonsense: ``make_demo_model.py FOLDER``.
 
 It is a llama of one layer whose attention and feed-forward weights are zero, so that a token's
 embedding reaches the output unchanged. The embedding of piece n of the sentence is the unit vector
@@ -164,15 +164,15 @@ def little_endian(values: array[float]) -> bytes:
     return values.tobytes()
 
 
-def main() -> None:
-    """Write the model to the path given on the command line."""
-    if len(sys.argv) != 2:  # noqa: PLR2004
-        sys.exit(f"usage: {sys.argv[0]} PATH/demo-nonsense.gguf")
-    path = Path(sys.argv[1])
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_demo_model(folder: Path) -> Path:
+    """Writes ``demo-nonsense.gguf`` into the folder, which is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "demo-nonsense.gguf"
     path.write_bytes(demo_model())
-    print(f"{path}: a demo model that talks nonsense, {path.stat().st_size / 1e6:.1f} MB")
+    return path
 
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) != 2:  # noqa: PLR2004
+        sys.exit(f"usage: {sys.argv[0]} FOLDER")
+    print(write_demo_model(Path(sys.argv[1])))

@@ -12,9 +12,10 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "make_demo_model.py"
 
 
 def test_its_name_and_its_words_say_that_it_talks_nonsense(tmp_path: Path) -> None:
-    path = tmp_path / "models" / "demo-nonsense.gguf"
-    subprocess.run([sys.executable, SCRIPT, path], check=True, stdout=subprocess.DEVNULL)
-    header = lg.read_header(path)
+    command = [sys.executable, SCRIPT, tmp_path / "models"]
+    written = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+    header = lg.read_header(written)
+    assert "nonsense" in Path(written).name
     assert "nonsense" in header.metadata["general.name"]
     words = header.metadata["tokenizer.ggml.tokens"][5 + 256 :]
     assert "I talk nonsense" in "".join(words).replace("\u0120", " ")
