@@ -1,1 +1,29 @@
-//! (room: placement)
+//! Which model goes to which GPUs, and who leaves for it.
+//!
+//! ```text
+//! policy ─┐
+//! GPUs ───┼─ candidate ─ pack (one GPU, smallest set) ─ split (layers) ─┐
+//! running ┘              evict ─ cover (cheapest to leave) ─────────────┴─ decide
+//! ```
+//!
+//! Owns the decision. Must not read a clock, a file or a driver, and must not remember: the
+//! same values in give the same placement out.
+
+mod advice;
+mod candidate;
+mod cover;
+mod decide;
+mod evict;
+mod explain;
+mod ledger;
+mod pack;
+mod place;
+mod policy;
+mod refusal;
+mod split;
+mod words;
+
+pub use decide::{Decision, MemoryModel, Share, Step, decide};
+pub use ledger::{BytesByPool, Claim, HOST, Lease, LeaseState, Ledger, Refused};
+pub use place::{DoesNotFit, Mode, PlaceError, PlacedDevice, Placement, place};
+pub use policy::{CpuUse, GpuName, Policy, Running, Strategy, UnknownChoice};

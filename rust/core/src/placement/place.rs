@@ -1,0 +1,246 @@
+//! `place`: the decision for a real model, with its estimate and in words.
+
+use std::borrow::Borrow;
+use std::fmt;
+
+use super::decide::{Decision, MemoryModel, decide};
+use super::explain;
+use super::policy::{Policy, Running};
+use super::refusal;
+use crate::estimate::{EstimateError, EstimateOptions, MemoryEstimate, estimate, layer_costs};
+use crate::gpu::Gpu;
+use crate::model::ModelFacts;
+
+/// How a model is spread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Mode {
+    /// All its layers on one GPU.
+    Single,
+    /// All its layers on several GPUs.
+    Multi,
+    /// Some layers on GPUs, the others on the host.
+    Partial,
+    /// All its layers on the host.
+    Cpu,
+}
+
+impl Mode {
+    /// The name in Python and JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Single => "single",
+            Self::Multi => "multi",
+            Self::Partial => "partial",
+            Self::Cpu => "cpu",
+        }
+    }
+}
+
+/// A GPU that a model is placed on.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct PlacedDevice {
+    /// Its identity, to be handed to the server in this order.
+    pub uuid: String,
+    /// Its index, for display.
+    pub index: u32,
+    /// Layers it holds, the output layer counted.
+    pub layers: u32,
+    /// Everything it will hold for the model.
+    pub total_bytes: u64,
+}
+
+/// Where a model goes, what must leave for it, and why.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Placement {
+    /// How it is spread.
+    pub mode: Mode,
+    /// The GPUs, in the order in which the server must be given them.
+    pub devices: Vec<PlacedDevice>,
+    /// Layers on GPUs, the output layer counted (`-ngl`).
+    pub gpu_layers: u32,
+    /// Layers of each GPU as proportions (`-ts`): llama.cpp deals them out exactly so.
+    pub tensor_split: Vec<f32>,
+    /// Ids of the running models that must leave first, the cheapest to lose first.
+    pub evict: Vec<String>,
+    /// What it takes there.
+    pub estimate: MemoryEstimate,
+    /// Why there, in words.
+    pub reason: String,
+}
+
+/// A model fits nowhere where its policy lets it go.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DoesNotFit {
+    /// What the closest attempt needs over all its GPUs.
+    pub required_bytes: u64,
+    /// What each GPU that may be used could give, by UUID, once every idle model has left.
+    pub free_bytes_by_gpu: Vec<(String, u64)>,
+    /// What would make it fit, each tried; `None` where nothing small does.
+    pub smallest_change: Option<String>,
+    /// All of it, for a person.
+    pub message: String,
+}
+
+/// Why there is no placement.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PlaceError {
+    /// The model or its options cannot be estimated.
+    Estimate(EstimateError),
+    /// It fits nowhere.
+    DoesNotFit(Box<DoesNotFit>),
+}
+
+impl From<EstimateError> for PlaceError {
+    fn from(error: EstimateError) -> Self {
+        Self::Estimate(error)
+    }
+}
+
+impl fmt::Display for PlaceError {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Estimate(error) => error.fmt(formatter),
+            Self::DoesNotFit(refusal) => formatter.write_str(&refusal.message),
+        }
+    }
+}
+
+impl std::error::Error for PlaceError {}
+
+/// A model with its options, as the search asks for it.
+pub(crate) struct Estimated<'a> {
+    facts: &'a ModelFacts,
+    options: EstimateOptions,
+    layer_bytes: Vec<u64>,
+}
+
+impl<'a> Estimated<'a> {
+    pub(crate) fn new(
+        facts: &'a ModelFacts,
+        options: &EstimateOptions,
+    ) -> Result<Self, EstimateError> {
+        let options = EstimateOptions {
+            devices: 1,
+            tensor_split: None,
+            ..options.clone()
+        };
+        let costs = layer_costs(facts, &options)?;
+        let mut layer_bytes = costs.layers;
+        layer_bytes.push(costs.output);
+        Ok(Self {
+            facts,
+            options,
+            layer_bytes,
+        })
+    }
+
+    /// The estimate when the last layers are dealt out so.
+    pub(crate) fn split(&self, counts: &[u32]) -> Result<MemoryEstimate, EstimateError> {
+        let options = EstimateOptions {
+            gpu_layers: Some(
+                counts
+                    .iter()
+                    .fold(0, |sum, count| sum.saturating_add(*count)),
+            ),
+            devices: u32::try_from(counts.len()).unwrap_or(u32::MAX),
+            tensor_split: (!counts.is_empty()).then(|| proportions(counts)),
+            ..self.options.clone()
+        };
+        estimate(self.facts, &options)
+    }
+}
+
+impl MemoryModel for Estimated<'_> {
+    type Error = EstimateError;
+
+    fn layer_bytes(&self) -> &[u64] {
+        &self.layer_bytes
+    }
+
+    fn device_bytes(&self, counts: &[u32]) -> Result<Vec<u64>, EstimateError> {
+        let estimate = self.split(counts)?;
+        Ok(estimate
+            .devices
+            .iter()
+            .map(crate::estimate::DeviceMemory::total_bytes)
+            .collect())
+    }
+}
+
+/// Counts as proportions. llama.cpp compares `layer / all` with the running sums of these over
+/// their total, both in single precision; whole numbers of layers make the two divisions the
+/// same, so that the layers fall exactly as counted.
+fn proportions(counts: &[u32]) -> Vec<f32> {
+    #[expect(
+        clippy::cast_precision_loss,
+        reason = "numbers of layers, far below 2^24"
+    )]
+    counts.iter().map(|&count| count as f32).collect()
+}
+
+/// Decides where a model goes and says why; the order in which things are tried is that of
+/// [`decide`]. `devices` and `tensor_split` of the options are not looked at: they are the
+/// answer. `gpu_layers` is: so many layers are placed, and the rest stays on the host.
+///
+/// # Errors
+/// [`PlaceError::Estimate`] where the model cannot be estimated with these options,
+/// [`PlaceError::DoesNotFit`] where it fits nowhere that the policy allows.
+pub fn place<G: Borrow<Gpu>>(
+    facts: &ModelFacts,
+    options: &EstimateOptions,
+    gpus: &[G],
+    policy: &Policy,
+    running: &[Running],
+) -> Result<Placement, PlaceError> {
+    let model = Estimated::new(facts, options)?;
+    let decision = decide(&model, options.gpu_layers, gpus, policy, running)?;
+    let Some(decision) = decision else {
+        let refusal = refusal::refusal(facts, options, gpus, policy, running)?;
+        return Err(PlaceError::DoesNotFit(Box::new(refusal)));
+    };
+    Ok(placement(&model, &decision, gpus, policy, running)?)
+}
+
+fn placement<G: Borrow<Gpu>>(
+    model: &Estimated<'_>,
+    decision: &Decision,
+    gpus: &[G],
+    policy: &Policy,
+    running: &[Running],
+) -> Result<Placement, EstimateError> {
+    let counts: Vec<u32> = decision.shares.iter().map(|share| share.layers).collect();
+    let gpu_layers = decision.gpu_layers();
+    let devices: Vec<PlacedDevice> = decision
+        .shares
+        .iter()
+        .filter_map(|share| {
+            let gpu: &Gpu = gpus.get(share.gpu)?.borrow();
+            Some(PlacedDevice {
+                uuid: gpu.uuid.clone(),
+                index: gpu.index,
+                layers: share.layers,
+                total_bytes: share.bytes,
+            })
+        })
+        .collect();
+    let all_layers = u32::try_from(model.layer_bytes().len()).unwrap_or(u32::MAX);
+    let mode = match devices.len() {
+        0 => Mode::Cpu,
+        _ if gpu_layers < all_layers => Mode::Partial,
+        1 => Mode::Single,
+        _ => Mode::Multi,
+    };
+    let leaving = decision
+        .evict
+        .iter()
+        .filter_map(|&place| running.get(place));
+    Ok(Placement {
+        mode,
+        devices,
+        gpu_layers,
+        tensor_split: proportions(&counts),
+        evict: leaving.map(|model| model.id.clone()).collect(),
+        estimate: model.split(&counts)?,
+        reason: explain::reason(decision, all_layers, gpus, policy, running),
+    })
+}
