@@ -4,11 +4,9 @@ import asyncio
 import json
 import os
 import secrets
-import select
 import signal
 import subprocess
 import sys
-import textwrap
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,9 +19,10 @@ from llama_gpu.errors import ServerExitedError, StartTimeoutError
 from llama_gpu.launch import Engine, LaunchPlan, plan_launch
 from llama_gpu.ports import Ports
 from llama_gpu.server import LOG_TAIL_LINES, Server
+from support.processes import has_ended
 
-FAKE = Path(__file__).parent / "support" / "fake_llama_server.py"
-GONE_SECONDS = 5.0
+SUPPORT = Path(__file__).parent / "support"
+FAKE, OWNER = SUPPORT / "fake_llama_server.py", SUPPORT / "server_owner.py"
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="waits for processes by pidfd, which Linux has"
@@ -69,18 +68,6 @@ def gate(tmp_path: Path) -> Path:
 async def opened(fifo: Path) -> int:
     """The gate's write end, once somebody waits at it."""
     return await asyncio.to_thread(os.open, fifo, os.O_WRONLY)
-
-
-def has_ended(pid: int) -> bool:
-    """Whether the process ends within the time allowed; it may have ended already."""
-    try:
-        handle = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return True
-    try:
-        return bool(select.select([handle], [], [], GONE_SECONDS)[0])
-    finally:
-        os.close(handle)
 
 
 async def complete(server: Server, http: aiohttp.ClientSession, **request: object) -> str:
@@ -340,35 +327,12 @@ def test_buffers_are_read_from_the_log(plan: Callable[..., LaunchPlan]) -> None:
     asyncio.run(body())
 
 
-PROXY = textwrap.dedent("""
-    import asyncio, sys, aiohttp
-    from llama_gpu.engine import llama_server_engine
-    from llama_gpu.launch import plan_launch
-    from llama_gpu.server import Server
-
-    async def main(fake, model, script):
-        plan = plan_launch(engine=llama_server_engine(fake), model_path=model, alias="tiny", api_key="k",
-                           extra_arguments=("--fake", script))
-        async with aiohttp.ClientSession() as http:
-            server = Server(plan, model="tiny", http=http)
-            starting = asyncio.create_task(server.start())
-            while server.pid is None:
-                await asyncio.sleep(0)
-            print(server.pid, flush=True)
-            await starting
-            print("ready", flush=True)
-            await server.wait_exited()
-
-    asyncio.run(main(*sys.argv[1:]))
-""")
-
-
 @pytest.mark.parametrize("when", ["loading", "ready"])
 def test_killing_the_proxy_kills_its_server(when: str, tmp_path: Path) -> None:
     script = {"ignore_term": True}
     if when == "loading":
         script["load_gate"] = str(gate(tmp_path))  # type: ignore[assignment]
-    arguments = [sys.executable, "-c", PROXY, FAKE, tmp_path / "model.gguf", json.dumps(script)]
+    arguments = [sys.executable, OWNER, FAKE, tmp_path / "model.gguf", "--fake", json.dumps(script)]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as proxy:
         assert proxy.stdout is not None
         child = int(proxy.stdout.readline())

@@ -22,7 +22,7 @@ PREFIX = re.compile(r"^\d+\.\d\d\.\d\d\d\.\d\d\d ([A-Z]) ")
 # sched_reserve and output_reserve, llama-adapter.cpp
 BUFFER = re.compile(
     r"(?P<source>[A-Za-z_]\w*):\s+(?P<device>\S+)\s+(?P<kind>model|KV|compute|output|RS|LoRA)"
-    r"\s+buffer size\s*=\s*(?P<mib>[\d.]+)\s*MiB"
+    r"\s+buffer size\s*=\s*(?P<mib>\d{1,12}(?:\.\d{1,6})?)\s*MiB"
 )
 OFFLOADED = re.compile(r"offloaded\s+(\d+)/(\d+)\s+layers to GPU")
 DRY_LOAD = re.compile(r"print_info:\s+no_alloc\s*=\s*(\d)")
