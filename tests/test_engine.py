@@ -246,10 +246,9 @@ async def endless_stream(
 @needs_xllamacpp
 def test_term_ends_a_server_that_is_streaming(llama: Path) -> None:
     async def body() -> None:
-        async with loaded(llama) as (server, http):
-            async with endless_stream(server, http):
-                await server.stop(5.0)
-                assert server.exit_code == 0
+        async with loaded(llama) as (server, http), endless_stream(server, http):
+            await server.stop(5.0)
+            assert server.exit_code == 0
 
     asyncio.run(body())
 
