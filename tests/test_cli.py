@@ -1,0 +1,179 @@
+"""The commands as a person runs them: the installed script, its output and its exit code."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support.fake_nvml import FakeGpu
+from support.gguf_builder import write_llama
+
+SCRIPT = (str(Path(sys.executable).with_name("llama-gpu")),)
+MODULE = (sys.executable, "-m", "llama_gpu")
+NO_DRIVER = {"LLAMA_GPU_NVML_LIBRARY": "/nonexistent/libnvidia-ml.so.1"}
+MIB = 1024 * 1024
+
+
+def call(*arguments, program=SCRIPT, **environment) -> subprocess.CompletedProcess:
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("LLAMA_GPU_")}
+    nvml = {key: value for key, value in os.environ.items() if "NVML" in key}
+    return subprocess.run(
+        [*program, *map(str, arguments)],
+        env={**inherited, **NO_DRIVER, **nvml, "COLUMNS": "100", **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def output_of(*arguments, **options) -> str:
+    done = call(*arguments, **options)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def refusal_of(*arguments, code=1, **options) -> str:
+    done = call(*arguments, **options)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    return write_llama(folder / "small-F32.gguf")
+
+
+def test_script_and_module_are_the_same():
+    assert output_of("--version") == output_of("--version", program=MODULE) != ""
+
+
+@pytest.mark.parametrize("command", ["serve", "inspect", "gpus", "doctor"])
+def test_every_command_explains_itself(command):
+    assert command in output_of("--help")
+    assert "--json" in output_of(command, "--help")
+
+
+def test_without_the_extra_the_script_says_how_to_get_it(tmp_path):
+    # The first place to look for modules has a cyclopts that is not there.
+    (tmp_path / "cyclopts.py").write_text("raise ModuleNotFoundError('no cyclopts', name='cyclopts')")
+    done = call("gpus", program=MODULE, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr == "llama-gpu's commands need cyclopts: pip install 'llama-gpu[serve]'\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["srve"], "serve"),
+        (["serve", "--prot", "1"], "Did you mean --port?"),
+        (["serve", "--port", "many"], "--port"),
+        (["inspect"], "FILE"),
+    ],
+)
+def test_a_command_line_that_makes_no_sense_is_told_in_one_line(arguments, said):
+    error = refusal_of(*arguments, code=2)
+    assert said in error
+    assert error.startswith("llama-gpu: ")
+    assert error.count("\n") == 1
+
+
+def test_gpus_without_a_driver_says_why_and_is_no_failure():
+    assert output_of("gpus").startswith("No GPU: the NVIDIA driver library could not be loaded")
+    answer = json.loads(output_of("gpus", "--json"))
+    assert answer["gpus"] == []
+    assert "could not be loaded" in answer["error"]
+
+
+def test_gpus_shows_what_the_driver_tells(fake_nvml):
+    fake_nvml.set_gpus([FakeGpu(name="NVIDIA Tiny", total_bytes=8192 * MIB), FakeGpu(name="NVIDIA Big")])
+    table = output_of("gpus")
+    assert "NVIDIA Tiny" in table
+    assert "8.00 GiB" in table
+    answer = json.loads(output_of("gpus", "--json"))
+    assert [gpu["total_bytes"] for gpu in answer["gpus"]] == [8192 * MIB, 24 * 1024 * MIB]
+
+
+def test_inspect_shows_what_the_header_says(model):
+    text = output_of("inspect", model, "--layers", "--metadata")
+    for part in ("llama", "F32", "token_embd.weight", "general.architecture"):
+        assert part in text
+    answer = json.loads(output_of("inspect", model, "--json"))
+    assert answer["architecture"] == "llama"
+    assert answer["file_bytes"] == model.stat().st_size
+    assert sum(answer["layers"].values()) == sum(kind["bytes"] for kind in answer["types"].values())
+    assert answer["metadata"]["tokenizer.ggml.tokens"].startswith(f"array of {answer['vocabulary']} ")
+
+
+def test_a_file_that_is_not_there_is_named():
+    assert (
+        refusal_of("inspect", "/nowhere/a.gguf") == "llama-gpu: /nowhere/a.gguf: No such file or directory\n"
+    )
+
+
+def test_a_broken_file_is_told_with_its_place(tmp_path):
+    (tmp_path / "a.gguf").write_text("nothing like a model, but long enough")
+    assert "byte 0" in refusal_of("inspect", tmp_path / "a.gguf")
+
+
+def test_output_may_end_early(model):
+    done = subprocess.run(
+        f"'{SCRIPT[0]}' inspect '{model}' --json | head -c 1",
+        shell=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert (done.stdout, done.stderr) == ("{", "")
+
+
+def test_doctor_finds_a_machine_without_a_gpu_fit_to_serve(model):
+    text = output_of("doctor", model.parent, LLAMA_GPU_SERVER_PORT="0")
+    assert "look  gpu: the NVIDIA driver library could not be loaded" in text
+    assert f"ok    models: 1 in {model.parent}" in text
+    assert "ok    engine: " in text
+
+
+def test_doctor_says_what_keeps_models_from_being_served(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = call(
+            "doctor",
+            tmp_path / "nowhere",
+            "--json",
+            LLAMA_GPU_SERVER_PORT=str(port),
+            LLAMA_GPU_ENGINE_PATH="/nowhere",
+        )
+    found = {finding["about"]: finding for finding in json.loads(done.stdout)["findings"]}
+    assert done.returncode == 1
+    assert f"127.0.0.1:{port} cannot be used" in found["port"]["text"]
+    assert "no such folder" in found["models"]["text"]
+    assert "/nowhere" in found["engine"]["text"]
+
+
+def test_doctor_names_broken_files_and_they_keep_nobody_from_serving(model):
+    (model.parent / "broken.gguf").write_bytes(model.read_bytes()[:64])
+    text = output_of("doctor", model.parent, LLAMA_GPU_SERVER_PORT="0")
+    assert f"look  model file: {model.parent}/broken.gguf" in text
+
+
+@pytest.mark.parametrize("command", ["serve", "doctor"])
+def test_a_wrong_setting_is_named_with_its_line(tmp_path, command):
+    file = tmp_path / "c.yaml"
+    file.write_text("server:\n  prot: 1\n")
+    error = refusal_of(command, "--config", file)
+    assert error == f'llama-gpu: {file}, line 2: unknown key "server.prot"; did you mean "server.port"?\n'
+
+
+def test_a_wrong_flag_value_is_named_as_such():
+    error = refusal_of("serve", "--port", 70000)
+    assert error.startswith("llama-gpu: the command line: server.port = 70000 should be")
