@@ -16,6 +16,7 @@ __all__ = [
     "Header",
     "Metadata",
     "MetadataArray",
+    "Monitor",
     "Shard",
     "Tensor",
     "__version__",
@@ -208,9 +209,56 @@ def snapshot_gpus() -> GpuSnapshot:
     """Read all GPUs now, through NVML. Lets go of the interpreter.
 
     Never raises because of the driver: without one, or with a broken one, the snapshot has no
-    GPUs and says why in ``error``. ``LLAMA_GPU_NVML_LIBRARY`` names a library to load in place
-    of the driver's ``libnvidia-ml.so.1``.
+    GPUs and says why in ``error``. A GPU that does not answer is in it as ``lost``; a driver that hangs
+    is waited for at most 6 seconds. ``LLAMA_GPU_NVML_LIBRARY`` names a library to load in place of the
+    driver's ``libnvidia-ml.so.1``. NVML stays open for 10 seconds after the last call.
     """
+
+@final
+class Monitor:
+    """Watches the GPUs in the background, from one thread that owns NVML, until it is closed.
+
+    A GPU that stops answering is ``lost``, keeps its last values, and hides no other; it is back as soon
+    as it answers. A driver that cannot be started is tried again, ever more rarely, up to every 5 minutes.
+    GPUs that sleep are left asleep. Works on in a forked child. A context manager.
+
+    Args:
+        interval_seconds: The time between two readings.
+        deadline_seconds: How long the driver may take for one GPU before it counts as hanging.
+
+    Raises:
+        ValueError: a time is not above 0.
+    """
+
+    def __new__(cls, *, interval_seconds: float = 5.0, deadline_seconds: float = 3.0) -> Self: ...
+    def snapshot(self) -> GpuSnapshot:
+        """What was read last; never waits for the driver. Before the first reading, ``error`` says so."""
+
+    def refresh(self) -> GpuSnapshot:
+        """Read now, also GPUs that sleep. Waits at most twice ``deadline_seconds``, without the interpreter.
+
+        What has not answered by then is as old as ``ages`` says. For decisions that need the free memory
+        of this moment.
+        """
+
+    @property
+    def ages(self) -> dict[str, float]:
+        """Seconds since each GPU was read, by UUID; a GPU that never answered is not in it."""
+
+    @property
+    def age_seconds(self) -> float | None:
+        """Seconds since the last attempt to read all GPUs ended; None before the first."""
+
+    def close(self) -> bool:
+        """Stop, and shut NVML down. Lets go of the interpreter.
+
+        Returns:
+            False if a call into the driver still hangs after twice ``deadline_seconds``: then its thread
+            is left behind and ends when the call does.
+        """
+
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *_error: object) -> None: ...
 
 # --- gguf --------------------------------------------------------------------
 

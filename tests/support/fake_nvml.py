@@ -1,13 +1,14 @@
 """A real shared library with NVML's ABI whose GPUs a test writes, and rewrites while a program runs.
 
-The C source lies in ``fake_nvml/``; ``build`` compiles it with ``cc``. A ``FakeNvml`` owns one state
-file; the format is described in ``fake_nvml/state.h``. Loaded in place of the driver's library through
-the environment (``FakeNvml.environment``), in this process or a child.
+The C source lies in ``fake_nvml/``; ``build`` compiles it with ``cc``. A ``FakeNvml`` is a copy of the
+library with its state file beside it (the format is described in ``fake_nvml/state.h``), loaded in place
+of the driver's through the environment (``FakeNvml.environment``), in this process or a child.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -147,7 +148,8 @@ class FakeNvml:
     """The fake driver of one test. Starts with no GPU; every change is seen by the next call."""
 
     def __init__(self, library: Path, folder: Path) -> None:
-        self.library_path = library
+        self.library_path = folder / library.name
+        shutil.copy(library, self.library_path)
         self.state_path = folder / "nvml.state"
         self.journal_path = folder / "nvml.journal"
         self.gpus: list[FakeGpu] = []
@@ -164,7 +166,6 @@ class FakeNvml:
         folders = [str(self.library_path.parent), *([known] if known else [])]
         return {
             "LLAMA_GPU_NVML_LIBRARY": str(self.library_path),
-            "LLAMA_GPU_FAKE_NVML_STATE": str(self.state_path),
             "LD_LIBRARY_PATH": ":".join(folders),
         }
 

@@ -1,6 +1,11 @@
-//! `Gpu`, `GpuProcess`, `GpuSnapshot` and `snapshot_gpus`.
+//! `Gpu`, `GpuProcess`, `GpuSnapshot`, `snapshot_gpus` and `Monitor`.
 
-use llama_gpu_core::gpu::{Gpu, GpuHealth, GpuProcess, GpuSnapshot};
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use llama_gpu_core::gpu::{
+    Gpu, GpuHealth, GpuProcess, GpuSnapshot, Library, Monitor, MonitorOptions,
+};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
@@ -362,4 +367,63 @@ impl PyGpuSnapshot {
 #[pyfunction]
 pub(crate) fn snapshot_gpus(py: Python<'_>) -> PyGpuSnapshot {
     PyGpuSnapshot(py.detach(llama_gpu_core::gpu::snapshot_gpus))
+}
+
+/// A time that a person gave in seconds.
+fn seconds(name: &str, value: f64) -> PyResult<Duration> {
+    match Duration::try_from_secs_f64(value) {
+        Ok(duration) if !duration.is_zero() => Ok(duration),
+        _ => Err(PyValueError::new_err(format!(
+            "{name} is a number of seconds above 0, not {value}"
+        ))),
+    }
+}
+
+#[pyclass(frozen, name = "Monitor", module = "llama_gpu")]
+pub(crate) struct PyMonitor(Monitor);
+
+#[pymethods]
+impl PyMonitor {
+    #[new]
+    #[pyo3(signature = (*, interval_seconds=5.0, deadline_seconds=3.0))]
+    fn new(interval_seconds: f64, deadline_seconds: f64) -> PyResult<Self> {
+        Ok(Self(Monitor::start(MonitorOptions {
+            interval: Some(seconds("interval_seconds", interval_seconds)?),
+            deadline: seconds("deadline_seconds", deadline_seconds)?,
+            library: Library::from_environment(),
+            ..MonitorOptions::default()
+        })))
+    }
+
+    fn snapshot(&self) -> PyGpuSnapshot {
+        PyGpuSnapshot(self.0.reading().snapshot)
+    }
+
+    fn refresh(&self, py: Python<'_>) -> PyGpuSnapshot {
+        PyGpuSnapshot(py.detach(|| self.0.refresh().snapshot))
+    }
+
+    #[getter]
+    fn ages(&self) -> BTreeMap<String, f64> {
+        let ages = self.0.reading().ages.into_iter();
+        ages.map(|(uuid, age)| (uuid, age.as_secs_f64())).collect()
+    }
+
+    #[getter]
+    fn age_seconds(&self) -> Option<f64> {
+        self.0.reading().age.map(|age| age.as_secs_f64())
+    }
+
+    fn close(&self, py: Python<'_>) -> bool {
+        py.detach(|| self.0.close())
+    }
+
+    fn __enter__(slf: Py<Self>) -> Py<Self> {
+        slf
+    }
+
+    #[pyo3(signature = (*_error))]
+    fn __exit__(&self, py: Python<'_>, _error: &Bound<'_, PyTuple>) {
+        self.close(py);
+    }
 }

@@ -15,7 +15,7 @@ mod _core {
     use crate::metadata::{PyMetadata, PyMetadataArray};
 
     #[pymodule_export]
-    use crate::gpu::{PyGpu, PyGpuProcess, PyGpuSnapshot, snapshot_gpus};
+    use crate::gpu::{PyGpu, PyGpuProcess, PyGpuSnapshot, PyMonitor, snapshot_gpus};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

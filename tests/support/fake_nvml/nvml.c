@@ -1,10 +1,12 @@
-/* A library with NVML's ABI whose GPUs are read anew from a state file at every call.
+/* A library with NVML's ABI whose GPUs are read anew at every call, from the file nvml.state that lies
+ * beside it: each copy of the library is a machine of its own.
  *
  * Structs and signatures as in nvml.h (API 13). Only what monitors ask for is here; a symbol that is
  * missing is what a monitor meets on older drivers. Built with -DOLD_DRIVER it lacks what drivers
  * before 510 lack.
  */
 #define _GNU_SOURCE
+#include <dlfcn.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -163,14 +165,16 @@ static nvmlReturn_t put_text(char *target, unsigned length, const char *text)
 
 static nvmlReturn_t start(const char *call)
 {
-    const char *path = getenv("LLAMA_GPU_FAKE_NVML_STATE");
-    if (!path)
+    Dl_info self;
+    if (!dladdr(&references, &self))
         return DRIVER_NOT_LOADED;
+    const char *slash = strrchr(self.dli_fname, '/');
+    int folder = slash ? (int)(slash - self.dli_fname) + 1 : 0;
     if (started_by != getpid()) {
         references = 0;
         started_by = getpid();
     }
-    snprintf(state_path, sizeof state_path, "%s", path);
+    snprintf(state_path, sizeof state_path, "%.*snvml.state", folder, self.dli_fname);
     references++;
     struct state *state;
     nvmlReturn_t code = enter(call, -1, &state);

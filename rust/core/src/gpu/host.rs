@@ -82,6 +82,17 @@ impl Host {
         Some(memory)
     }
 
+    /// Whether the PCI device sleeps: a query would wake it and cost a laptop watts.
+    pub(super) fn is_asleep(&self, pci_bus_id: &str) -> bool {
+        let Some(address) = sysfs_address(pci_bus_id) else {
+            return false;
+        };
+        self.read(&format!(
+            "sys/bus/pci/devices/{address}/power/runtime_status"
+        ))
+        .is_some_and(|status| status.trim() == "suspended")
+    }
+
     /// Whether there are NVIDIA display devices and all of them sleep.
     pub(super) fn all_gpus_asleep(&self) -> bool {
         let Ok(devices) = fs::read_dir(self.root.join("sys/bus/pci/devices")) else {
@@ -108,4 +119,11 @@ fn is_nvidia_display(device: &Path) -> bool {
         fs::read_to_string(device.join(file)).is_ok_and(|text| text.trim().starts_with(prefix))
     };
     starts("vendor", "0x10de") && starts("class", "0x03")
+}
+
+/// NVML's `00000000:01:00.0` is `0000:01:00.0` below `/sys/bus/pci/devices`.
+fn sysfs_address(pci_bus_id: &str) -> Option<String> {
+    let (domain, rest) = pci_bus_id.split_once(':')?;
+    let domain = u32::from_str_radix(domain, 16).ok()?;
+    Some(format!("{domain:04x}:{}", rest.to_ascii_lowercase()))
 }

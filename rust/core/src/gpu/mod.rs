@@ -3,54 +3,38 @@
 //! The values ([`Gpu`], [`GpuSnapshot`]) know nothing of NVML and can be built by hand.
 //! Unknown is `None`: never 0, never a guess. A GPU is known by its UUID; its index is for display.
 
+mod board;
 mod failure;
 mod host;
 mod library;
 mod memory;
+mod monitor;
+mod pace;
 mod processes;
 mod raw;
 mod reading;
+mod sampler;
 mod snapshot;
 
+use std::sync::OnceLock;
+
+pub use board::Reading;
 pub use host::Host;
 pub use library::{LIBRARY_VARIABLE, Library};
+pub use monitor::{Monitor, MonitorOptions};
 pub use snapshot::{Gpu, GpuHealth, GpuProcess, GpuSnapshot};
 
-/// Reads all GPUs now.
+/// Reads all GPUs now, also those that sleep; waits at most 6 s for a driver that hangs.
 ///
-/// Without a driver, or with a broken one, the snapshot has no GPUs and says why in `error`.
+/// Without a driver, or with a broken one, the snapshot has no GPUs and says why in `error`. A GPU that
+/// does not answer is in it, as lost. NVML is closed again when nothing was asked for 10 s.
 pub fn snapshot_gpus() -> GpuSnapshot {
-    let host = Host::default();
-    if host.all_gpus_asleep() {
-        return GpuSnapshot {
-            error: Some(
-                "the NVIDIA GPU is asleep, and asking it anything would wake it".to_owned(),
-            ),
-            ..GpuSnapshot::default()
-        };
-    }
-    let nvml = match Library::from_environment().start(&host) {
-        Ok(nvml) => nvml,
-        Err(error) => {
-            return GpuSnapshot {
-                error: Some(error),
-                ..GpuSnapshot::default()
-            };
-        }
-    };
-    let driver_version = nvml.sys_driver_version().ok();
-    let reader = reading::Reader {
-        nvml: &nvml,
-        host: &host,
-        process_calls: processes::ProcessCalls::for_driver(driver_version.as_deref()),
-    };
-    let known = reading::Identity::default();
-    let count = nvml.device_count().unwrap_or(0);
-    GpuSnapshot {
-        gpus: (0..count)
-            .flat_map(|index| reader.read(index, &known))
-            .collect(),
-        driver_version,
-        error: None,
-    }
+    static ON_REQUEST: OnceLock<Monitor> = OnceLock::new();
+    let monitor = ON_REQUEST.get_or_init(|| {
+        Monitor::start(MonitorOptions {
+            interval: None,
+            ..MonitorOptions::default()
+        })
+    });
+    monitor.refresh_from(&Library::from_environment()).snapshot
 }

@@ -7,6 +7,7 @@ use nvml_wrapper::enum_wrappers::device::TemperatureSensor;
 use nvml_wrapper::error::NvmlError;
 use nvml_wrapper::{Device, Nvml};
 
+use super::board::forget_measurements;
 use super::failure::{self, Failure};
 use super::host::Host;
 use super::memory::{self, Memory};
@@ -14,6 +15,7 @@ use super::processes::{self, ProcessCalls};
 use super::raw;
 use super::{Gpu, GpuHealth};
 
+const UNIDENTIFIED: &str = "unidentified-";
 /// No board draws this much: a reading above is garbage returned with success.
 const IMPLAUSIBLE_MILLIWATTS: u32 = 5_000_000;
 /// No die is this hot.
@@ -43,7 +45,10 @@ impl Reader<'_> {
         let mut asking = Asking::default();
         let gpu = self.identify(&device, index, known, &mut asking);
         if let Some(failure) = asking.lost {
-            return vec![lost(index, &identity_of(&gpu), &failure)];
+            return vec![Gpu {
+                health: GpuHealth::Lost(failure.losing()),
+                ..gpu
+            }];
         }
         let sliced = device.mig_mode().is_ok_and(|mode| mode.current == 1);
         if sliced {
@@ -113,7 +118,9 @@ impl Reader<'_> {
         };
         let throttled = asking.ask(device.current_throttle_reasons());
         if let Some(failure) = asking.lost {
-            return lost(gpu.index, &identity_of(&gpu), &failure);
+            forget_measurements(&mut gpu);
+            gpu.health = GpuHealth::Lost(failure.losing());
+            return gpu;
         }
         self.add_memory(&mut gpu, memory);
         if gpu.health == GpuHealth::Ok
@@ -246,20 +253,17 @@ fn throttling(reasons: nvml_wrapper::bitmasks::device::ThrottleReasons) -> Optio
     Some(words.to_owned())
 }
 
-fn identity_of(gpu: &Gpu) -> Identity {
-    Identity {
-        uuid: Some(gpu.uuid.clone()),
-        pci_bus_id: gpu.pci_bus_id.clone(),
-    }
+/// The UUID of a GPU that never told one. It matches no real UUID.
+pub(super) fn unidentified(index: u32) -> String {
+    format!("{UNIDENTIFIED}{index}")
 }
 
-/// The UUID of a GPU that never told one. It matches no real UUID.
-fn unidentified(index: u32) -> String {
-    format!("unidentified-{index}")
+pub(super) fn is_unidentified(uuid: &str) -> bool {
+    uuid.starts_with(UNIDENTIFIED)
 }
 
 /// A GPU that cannot be used, under the name it was known by.
-pub(super) fn lost(index: u32, known: &Identity, failure: &Failure) -> Gpu {
+fn lost(index: u32, known: &Identity, failure: &Failure) -> Gpu {
     Gpu {
         index,
         uuid: known.uuid.clone().unwrap_or_else(|| unidentified(index)),

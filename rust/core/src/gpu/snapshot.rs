@@ -95,7 +95,12 @@ pub struct Gpu {
 impl Gpu {
     /// Whether the GPU can be given a model: it answers, and its free memory is known.
     pub fn accepts_models(&self) -> bool {
-        !matches!(self.health, GpuHealth::Lost(_)) && self.free_bytes.is_some()
+        !self.is_lost() && self.free_bytes.is_some()
+    }
+
+    /// Whether the GPU must not be given work, whatever is known of it.
+    pub fn is_lost(&self) -> bool {
+        matches!(self.health, GpuHealth::Lost(_))
     }
 }
 
