@@ -5,31 +5,37 @@ The base package needs nothing but the standard library; the proxy lives in the
 """
 
 from llama_gpu._core import (
+    DeviceMemory,
     Gpu,
     GpuProcess,
     GpuSnapshot,
     Header,
+    MemoryEstimate,
     Metadata,
     MetadataArray,
     Monitor,
     Shard,
     Tensor,
     __version__,
+    estimate,
     read_header,
     snapshot_gpus,
 )
 
 __all__ = [
+    "DeviceMemory",
     "Gpu",
     "GpuProcess",
     "GpuSnapshot",
     "Header",
+    "MemoryEstimate",
     "Metadata",
     "MetadataArray",
     "Monitor",
     "Shard",
     "Tensor",
     "__version__",
+    "estimate",
     "read_header",
     "snapshot_gpus",
 ]

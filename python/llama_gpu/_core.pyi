@@ -10,16 +10,19 @@ from os import PathLike
 from typing import Any, Literal, Self, final, overload
 
 __all__ = [
+    "DeviceMemory",
     "Gpu",
     "GpuProcess",
     "GpuSnapshot",
     "Header",
+    "MemoryEstimate",
     "Metadata",
     "MetadataArray",
     "Monitor",
     "Shard",
     "Tensor",
     "__version__",
+    "estimate",
     "read_header",
     "snapshot_gpus",
 ]
@@ -439,4 +442,151 @@ def read_header(path: str | PathLike[str], *, cached: bool = True) -> Header:
             a folder (``IsADirectoryError``) or no regular file.
         InvalidGgufError: a file breaks the format, is incomplete, or the files of a split model do
             not belong together; ``reason`` and ``offset`` say how and where.
+    """
+
+# --- estimate ----------------------------------------------------------------
+
+@final
+class DeviceMemory:
+    """Memory of one device, or of the host, in bytes."""
+
+    def __new__(
+        cls,
+        *,
+        weights_bytes: int = 0,
+        context_bytes: int = 0,
+        compute_bytes: int = 0,
+        overhead_bytes: int = 0,
+        layers: int = 0,
+    ) -> Self: ...
+    @property
+    def weights_bytes(self) -> int:
+        """Weights, each tensor padded as the buffer demands."""
+
+    @property
+    def context_bytes(self) -> int:
+        """KV caches and recurrent states."""
+
+    @property
+    def compute_bytes(self) -> int:
+        """The compute buffer: what a batch needs while it runs."""
+
+    @property
+    def overhead_bytes(self) -> int:
+        """What llama.cpp's own sums leave out; 0 with ``backend="generic"``.
+
+        On a device, what the driver takes beside llama.cpp's buffers; on the host, weights that are
+        repacked for the CPU.
+        """
+
+    @property
+    def total_bytes(self) -> int:
+        """All of them together."""
+
+    @property
+    def layers(self) -> int:
+        """Layers here, the output layer counted."""
+
+    def __eq__(self, other: object, /) -> bool: ...
+    def __hash__(self) -> int: ...
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
+
+@final
+class MemoryEstimate:
+    """What a model takes with certain options."""
+
+    def __new__(
+        cls,
+        *,
+        devices: Sequence[DeviceMemory],
+        host: DeviceMemory,
+        basis: Literal["exact", "generic rules", "projected", "measured"],
+        context_length: int,
+    ) -> Self: ...
+    @property
+    def devices(self) -> tuple[DeviceMemory, ...]:
+        """Each device, in device order."""
+
+    @property
+    def host(self) -> DeviceMemory:
+        """The host's memory."""
+
+    @property
+    def basis(self) -> Literal["exact", "generic rules", "projected", "measured"]:
+        """Where the numbers come from.
+
+        ``"exact"``: llama.cpp's own rules for this architecture; ``"generic rules"``: a part of them is a
+        closed form, or the architecture is unknown; ``"projected"``: llama.cpp's dry run;
+        ``"measured"``: a real load.
+        """
+
+    @property
+    def context_length(self) -> int:
+        """Tokens over all slots, as llama.cpp resolves the options."""
+
+    @property
+    def total_device_bytes(self) -> int:
+        """All devices together, in bytes."""
+
+    def __eq__(self, other: object, /) -> bool: ...
+    def __hash__(self) -> int: ...
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
+
+def estimate(
+    model: str | PathLike[str] | Header,
+    *,
+    context_length: int = 0,
+    parallel: int = 1,
+    kv_unified: bool = False,
+    batch: int = 2048,
+    micro_batch: int = 512,
+    flash_attention: Literal["on", "off", "auto"] = "auto",
+    cache_type_k: str = "f16",
+    cache_type_v: str = "f16",
+    gpu_layers: int | None = None,
+    devices: int = 1,
+    tensor_split: Sequence[float] | None = None,
+    cpu_moe_layers: int | Literal["all"] = 0,
+    kv_offload: bool = True,
+    swa_full: bool = False,
+    mmproj: str | PathLike[str] | Header | None = None,
+    draft: str | PathLike[str] | Header | None = None,
+    backend: Literal["cuda", "generic"] = "cuda",
+    tier: Literal["analytic", "best"] = "analytic",
+) -> MemoryEstimate:
+    """Estimate the memory of a model, per device and on the host.
+
+    From a ``Header``, or a path whose header is in memory, this takes microseconds and keeps the
+    interpreter; else the header is read first, which lets go of it.
+
+    The rules are llama.cpp's (commit 0c1e57098): weights from ``llama_model::memory_breakdown``
+    (llama-model.cpp), contexts from the constructors in llama-kv-cache*.cpp and
+    llama-memory-recurrent.cpp.
+
+    Args:
+        model: a GGUF file, or its header.
+        context_length: tokens over all slots, as ``-c``; 0 is the trained length.
+        parallel: slots, as ``-np``.
+        kv_unified: one pool of cells for all slots, as ``-kvu``.
+        batch: logical batch in tokens, as ``-b``.
+        micro_batch: physical batch in tokens, as ``-ub``.
+        flash_attention: as ``-fa``.
+        cache_type_k: type of the cached keys, as ``-ctk``.
+        cache_type_v: type of the cached values, as ``-ctv``.
+        gpu_layers: layers on devices, the output layer counted, as ``-ngl``; ``None`` is all, 0 none.
+        devices: how many devices there are; 0 is the CPU alone.
+        tensor_split: the devices' proportions, as ``-ts``; ``None`` is equal shares.
+        cpu_moe_layers: the first so many layers, or ``"all"``, keep their experts on the CPU.
+        kv_offload: ``False`` keeps the cache on the host, as ``-nkvo``.
+        swa_full: sliding layers get cells for the whole context, as ``--swa-full``.
+        mmproj: a projector that is loaded with the model.
+        draft: a draft model that is loaded with the model.
+        backend: whose buffer rules count; ``"generic"`` is llama.cpp alone, without any driver's overhead.
+        tier: ``"best"`` takes what llama.cpp projected or a load took, where that is known.
+
+    Raises:
+        ValueError: an option is out of range, or llama.cpp refuses it for this model; it is named.
+        UnsupportedModelError: the file is valid but no language model.
+        OSError: the file cannot be read.
+        InvalidGgufError: the file breaks the format.
     """

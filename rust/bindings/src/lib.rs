@@ -1,6 +1,7 @@
 //! `llama_gpu._core`: one file per room of the core, this one lists what is exported.
 
 mod errors;
+mod estimate;
 mod gguf;
 mod gpu;
 mod metadata;
@@ -8,6 +9,9 @@ mod metadata;
 #[pyo3::pymodule(gil_used = false)]
 mod _core {
     use pyo3::prelude::*;
+
+    #[pymodule_export]
+    use crate::estimate::{PyDeviceMemory, PyMemoryEstimate, estimate};
 
     #[pymodule_export]
     use crate::gguf::{PyHeader, PyShard, PyTensor, read_header};

@@ -4,6 +4,7 @@
 //! over facts that were derived from the header once, so that an estimate takes
 //! microseconds. The rules are llama.cpp's own (commit 0c1e57098).
 
+mod companions;
 mod compute;
 mod context;
 mod error;
@@ -12,6 +13,7 @@ mod options;
 mod overhead;
 mod weights;
 
+pub use companions::{Companions, ProjectorFacts, estimate_with};
 pub use error::EstimateError;
 pub use layout::{Layout, layer_devices};
 pub use options::{Backend, CpuMoe, EstimateOptions, FlashAttention, Resolved};
@@ -19,7 +21,7 @@ pub use options::{Backend, CpuMoe, EstimateOptions, FlashAttention, Resolved};
 use crate::model::ModelFacts;
 
 /// Where the numbers of an estimate come from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Basis {
     /// llama.cpp's own rules for this architecture.
     Exact,
@@ -44,7 +46,7 @@ impl Basis {
 }
 
 /// Memory of one device, or of the host, in bytes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct DeviceMemory {
     /// Weights.
     pub weights_bytes: u64,
@@ -70,7 +72,7 @@ impl DeviceMemory {
 }
 
 /// What a model takes with certain options.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct MemoryEstimate {
     /// Each device, in device order.
     pub devices: Vec<DeviceMemory>,

@@ -20,7 +20,7 @@ impl WeightBytes {
     fn add(&mut self, place: Option<u32>, footprint: Footprint, backend: Backend) {
         let device = place.and_then(|device| self.devices.get_mut(device as usize));
         if let Some(sum) = device {
-            *sum = sum.saturating_add(device_bytes(footprint, backend))
+            *sum = sum.saturating_add(device_bytes(footprint, backend));
         } else {
             self.host = self.host.saturating_add(footprint.host);
             self.repacked = self.repacked.saturating_add(footprint.repacked);
