@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import llama_gpu
 from support.fake_nvml import FakeGpu
 from support.gguf_builder import write_llama
 
@@ -56,7 +57,7 @@ def test_script_and_module_are_the_same():
     assert output_of("--version") == output_of("--version", program=MODULE) != ""
 
 
-@pytest.mark.parametrize("command", ["serve", "inspect", "gpus", "doctor"])
+@pytest.mark.parametrize("command", ["serve", "estimate", "inspect", "gpus", "doctor"])
 def test_every_command_explains_itself(command):
     assert command in output_of("--help")
     assert "--json" in output_of(command, "--help")
@@ -111,6 +112,37 @@ def test_inspect_shows_what_the_header_says(model):
     assert answer["file_bytes"] == model.stat().st_size
     assert sum(answer["layers"].values()) == sum(kind["bytes"] for kind in answer["types"].values())
     assert answer["metadata"]["tokenizer.ggml.tokens"].startswith(f"array of {answer['vocabulary']} ")
+
+
+def test_estimate_says_what_the_library_says(model):
+    estimated = llama_gpu.estimate(model, context_length=1024, parallel=2, cache_type_k="f32", devices=2)
+    flags = ["-c", 1024, "--parallel", 2, "--cache-type-k", "f32", "--devices", 2]
+    answer = json.loads(output_of("estimate", model, *flags, "--json"))
+    assert [device["total_bytes"] for device in answer["devices"]] == [
+        device.total_bytes for device in estimated.devices
+    ]
+    assert answer["host"]["weights_bytes"] == estimated.host.weights_bytes
+    assert (answer["context_length"], answer["basis"]) == (1024, estimated.basis)
+    assert "device 1" in output_of("estimate", model, *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "keyword"),
+    [
+        (["--gpu-layers", 1], {"gpu_layers": 1}),
+        (["--cpu-moe-layers", "all"], {"cpu_moe_layers": "all"}),
+        (["--no-kv-offload"], {"kv_offload": False}),
+        (["--devices", 2, "--tensor-split", 3, 1], {"devices": 2, "tensor_split": [3, 1]}),
+        (["--backend", "generic", "--kv-unified"], {"backend": "generic", "kv_unified": True}),
+    ],
+)
+def test_estimate_hands_its_flags_on(model, flags, keyword):
+    answer = json.loads(output_of("estimate", model, *flags, "--json"))
+    assert answer["total_device_bytes"] == llama_gpu.estimate(model, **keyword).total_device_bytes
+
+
+def test_a_refused_option_is_told_in_one_line(model):
+    assert "cache_type_k" in refusal_of("estimate", model, "--cache-type-k", "q9_9")
 
 
 def test_a_file_that_is_not_there_is_named():
