@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import llama_gpu as lg
+
 GIB = 1 << 30
 MIB = 1 << 20
 SOURCES = Path(__file__).parent / "fake_nvml"
@@ -204,7 +206,7 @@ class FakeNvml:
         for index, gpu in enumerate(self.gpus):
             lines += ["[gpu]", *gpu.lines(index)]
         fresh = self.state_path.with_suffix(".new")
-        fresh.write_text("\n".join(lines) + "\n")
+        fresh.write_text("\n".join(lines) + "\n", errors="surrogateescape")
         fresh.replace(self.state_path)
 
     def journal(self) -> list[tuple[int, int, str, int]]:
@@ -216,3 +218,10 @@ class FakeNvml:
 
     def calls(self) -> list[str]:
         return [call for _, _, call, _ in self.journal()]
+
+
+def only_gpu(fake: FakeNvml, gpu: FakeGpu) -> lg.Gpu:
+    """What a snapshot says of a machine with this GPU alone."""
+    fake.set_gpus([gpu])
+    (read,) = lg.snapshot_gpus()
+    return read

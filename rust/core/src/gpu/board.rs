@@ -98,6 +98,11 @@ impl Board {
         })
     }
 
+    /// Another library will be asked: what this one told says nothing of the other's GPUs.
+    pub(super) fn forget(&mut self) {
+        *self = Self::new(self.remembers);
+    }
+
     /// NVML answers: a pass over the GPUs begins.
     pub(super) fn begin(&mut self, driver_version: Option<String>, skipped: &BTreeSet<u32>) {
         self.driver_version = driver_version;

@@ -134,6 +134,10 @@ impl PaceMaker {
     /// One pass over all GPUs that can be asked.
     fn pass(&mut self, library: &Library, asked: bool) {
         self.collect_left_behind();
+        if self.options.library != *library {
+            self.options.library.clone_from(library);
+            self.shared.lock().board.forget();
+        }
         let restart = self.session_began.elapsed() >= self.options.renewal
             && self.shared.lock().board.wants_a_new_session();
         // One more attempt for each GPU that turns out to hang; each is left out of the next.

@@ -50,6 +50,13 @@ impl Reader<'_> {
                 ..gpu
             }];
         }
+        if is_unidentified(&gpu.uuid) {
+            let mut gpu = self.measure(&device, gpu);
+            gpu.health = GpuHealth::Lost(
+                "the driver does not tell its UUID, so no server can be started on it".to_owned(),
+            );
+            return vec![gpu];
+        }
         let sliced = device.mig_mode().is_ok_and(|mode| mode.current == 1);
         if sliced {
             self.read_slices(&device, &gpu)
