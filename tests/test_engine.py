@@ -15,10 +15,10 @@ from typing import Any
 import aiohttp
 import pytest
 
-from llama_gpu.engine import embedded_engine, find_engine, llama_server_engine
+from llama_gpu.engine import embedded_engine, find_engine, list_devices, llama_server_engine
 from llama_gpu.engine.arguments import build_parser
 from llama_gpu.errors import ConfigError, ServerExitedError
-from llama_gpu.launch import plan_launch
+from llama_gpu.launch import Engine, plan_launch
 from llama_gpu.server import Server
 from support.gguf_builder import write_embedding_model, write_llama
 from support.processes import has_ended
@@ -117,6 +117,20 @@ def test_the_engine_without_its_package_says_how_to_get_it() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "pip install 'llama-gpu[engine]'" in done.stderr
+
+
+def test_the_devices_of_an_engine_are_listed() -> None:
+    assert list_devices(llama_server_engine(FAKE)) == ("CUDA0: NVIDIA Fake (24077 MiB, 23600 MiB free)",)
+    unknowing = Engine(kind="llama-server", command=("old",), flags=frozenset())
+    assert list_devices(unknowing) == ()
+
+
+@needs_xllamacpp
+def test_the_devices_of_the_embedded_engine_are_those_that_it_was_built_for() -> None:
+    from xllamacpp import get_device_info  # noqa: PLC0415 - needs xllamacpp
+
+    names = [device["name"] for device in get_device_info() if device["type"].name.endswith("GPU")]
+    assert [line.partition(":")[0] for line in list_devices(embedded_engine())] == names
 
 
 @needs_xllamacpp

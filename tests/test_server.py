@@ -231,6 +231,30 @@ def test_stop_may_come_twice_at_once_and_before_start(plan: Callable[..., Launch
     asyncio.run(body())
 
 
+def test_stop_right_after_start_starts_nothing(plan: Callable[..., LaunchPlan]) -> None:
+    async def body() -> None:
+        async with owned(plan()) as server:
+            starting = asyncio.create_task(server.start())
+            await server.stop()
+            with pytest.raises(ServerExitedError, match="was stopped"):
+                await starting
+            assert server.pid is None
+
+    asyncio.run(body())
+
+
+def test_a_loop_that_ends_takes_its_servers_along(plan: Callable[..., LaunchPlan]) -> None:
+    async def body() -> int:
+        http = aiohttp.ClientSession()
+        server = Server(plan(ignore_term=True), model="tiny", http=http)
+        await server.start()
+        await http.close()
+        assert server.pid is not None
+        return server.pid
+
+    assert has_ended(asyncio.run(body()))
+
+
 def test_a_crash_while_answering_is_noticed(plan: Callable[..., LaunchPlan]) -> None:
     async def body() -> None:
         async with owned(plan(exit_after_tokens=2, exit_code=134)) as server, aiohttp.ClientSession() as http:

@@ -38,7 +38,7 @@ class Engine:
 
     kind: Literal["llama-server", "embedded"]
     command: tuple[str, ...]
-    flags: frozenset[str]
+    flags: frozenset[str] = field(repr=False)
     version: str | None = None
     reason: str = ""
 

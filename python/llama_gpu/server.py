@@ -169,9 +169,9 @@ class Server:
         """End the child and return when it is gone. May be called at any time, and more than once.
 
         TERM to its process group, then KILL after the grace; never waits longer than the grace and
-        five seconds.
+        five seconds. The grace of the first call holds.
         """
-        if grace_seconds is not None:
+        if grace_seconds is not None and not self._stop_wanted.is_set():
             self._grace_seconds = grace_seconds
         self._stop_wanted.set()
         if self._owner is None:
@@ -207,6 +207,8 @@ class Server:
     async def _live(self) -> None:
         picks_port = self.plan.port == UNASSIGNED_PORT
         for attempt in range(1, PORT_ATTEMPTS + 1):
+            if self._stop_wanted.is_set():
+                return
             port = self._ports.take() if picks_port else self.plan.port
             self.plan = self.plan.on_port(port)
             try:
@@ -252,11 +254,14 @@ class Server:
         finally:
             # Also after a clean end: what the child itself started must not survive it.
             _signal_group(process.pid, signal.SIGKILL)
-            await _first({ended}, REAP_SECONDS)
+            # Asked anew: a loop that is being closed has cancelled the first question.
+            reaped = asyncio.create_task(process.wait())
+            await _first({reaped}, REAP_SECONDS)
             await log.closed(REAP_SECONDS)
-            for task in (ready, stop, ended):
+            tasks = {ready, stop, ended, reaped}
+            for task in tasks:
                 task.cancel()
-            await asyncio.wait({ready, stop, ended})
+            await asyncio.wait(tasks)
             self.exit_code = process.returncode
             self._state = "stopped" if self._stop_wanted.is_set() else "error"
             _groups.discard(process.pid)
@@ -295,7 +300,8 @@ class Server:
 
     async def _ask(self, path: str) -> Any | None:
         """The JSON of a 200 answer; ``None`` for any other answer, or none."""
-        headers = {"Authorization": f"Bearer {self.api_key}"}
+        # The session is the relay's, which leaves compressed bodies as they are.
+        headers = {"Authorization": f"Bearer {self.api_key}", "Accept-Encoding": "identity"}
         timeout = aiohttp.ClientTimeout(total=ANSWER_SECONDS)
         try:
             async with self._http.get(self.base_url + path, headers=headers, timeout=timeout) as response:

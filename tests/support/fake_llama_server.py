@@ -96,7 +96,7 @@ SWITCHES = (
     "--slots",
     "--no-ui",
 )
-SWITCHES += ("--log-prefix", "--log-timestamps", "--offline")
+SWITCHES += ("--log-prefix", "--log-timestamps", "--offline", "--list-devices")
 PUBLIC = ("/health", "/v1/health")
 MIB = 1024 * 1024
 
@@ -326,6 +326,9 @@ def count_start(options: argparse.Namespace) -> int:
 def main(arguments: list[str]) -> None:
     if "--help" in arguments:
         sys.stdout.write("".join(f"{flag}\n" for flag in (*VALUES, *SWITCHES)))
+        return
+    if "--list-devices" in arguments:
+        sys.stdout.write("Available devices:\n  CUDA0: NVIDIA Fake (24077 MiB, 23600 MiB free)\n")
         return
     if "--version" in arguments:
         sys.stdout.write("version: 0 (fake)\n")

@@ -5,6 +5,6 @@
 llama-server's flags.
 """
 
-from llama_gpu.engine.find import EMBEDDED, embedded_engine, find_engine, llama_server_engine
+from llama_gpu.engine.find import embedded_engine, find_engine, list_devices, llama_server_engine
 
-__all__ = ["EMBEDDED", "embedded_engine", "find_engine", "llama_server_engine"]
+__all__ = ["embedded_engine", "find_engine", "list_devices", "llama_server_engine"]

@@ -35,7 +35,7 @@ def known_flags() -> frozenset[str]:
 
 
 def _add_model(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("-m", "--model", required=True, metavar="FILE")
+    group.add_argument("-m", "--model", default="", metavar="FILE")
     group.add_argument("-a", "--alias", default="")
     group.add_argument("--mmproj", default="", metavar="FILE")
     group.add_argument("--no-mmproj-offload", action="store_true")
@@ -73,6 +73,7 @@ def _add_memory(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_devices(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--list-devices", action="store_true", help="print the GPUs it can use, and end")
     group.add_argument("-ngl", "--gpu-layers", "--n-gpu-layers", type=_layers, default=ALL_LAYERS)
     group.add_argument(
         "-ngld", "--gpu-layers-draft", "--n-gpu-layers-draft", type=_layers, default=ALL_LAYERS

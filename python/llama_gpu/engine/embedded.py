@@ -12,7 +12,7 @@ from typing import Any
 
 import xllamacpp
 
-__all__ = ["common_params", "serve"]
+__all__ = ["common_params", "device_lines", "serve"]
 
 FLASH_ATTENTION = {"on": "ENABLED", "off": "DISABLED", "auto": "AUTO"}
 LOAD_MODES = {"mmap+mlock": "MMAP_MLOCK", "dio": "DIRECT_IO"}
@@ -31,6 +31,17 @@ def serve(arguments: argparse.Namespace) -> Any:
         ValueError: A value that the engine does not accept.
     """
     return xllamacpp.Server(common_params(arguments))
+
+
+def device_lines() -> list[str]:
+    """The devices it can offload to, one line each as ``llama-server --list-devices`` prints them."""
+    mib = 1024 * 1024
+    return [
+        f"  {device['name']}: {device['description']} "
+        f"({device['memory_total'] // mib} MiB, {device['memory_free'] // mib} MiB free)"
+        for device in xllamacpp.get_device_info()
+        if device["type"].name.endswith("GPU")
+    ]
 
 
 def common_params(arguments: argparse.Namespace) -> xllamacpp.CommonParams:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 import re
@@ -17,9 +16,8 @@ from llama_gpu.engine.arguments import known_flags
 from llama_gpu.errors import ConfigError
 from llama_gpu.launch import Engine
 
-__all__ = ["EMBEDDED", "embedded_engine", "find_engine", "llama_server_engine"]
+__all__ = ["embedded_engine", "find_engine", "list_devices", "llama_server_engine"]
 
-EMBEDDED = "embedded"
 
 HOW_TO_GET_ONE = (
     "install the embedded engine with: pip install 'llama-gpu[engine]' ; "
@@ -27,6 +25,7 @@ HOW_TO_GET_ONE = (
 )
 
 ANSWER_SECONDS = 30.0  # a first start may read hundreds of megabytes of CUDA libraries from a slow disk
+DEVICE_LINE = re.compile(r"^ +(\S+: .+)$", re.MULTILINE)
 HELP_LINE = re.compile(r"^(-[\w-]+(?:,\s+-[\w-]+)*)", re.MULTILINE)
 VERSION = re.compile(r"^version:\s*(.+)$", re.MULTILINE)
 NEEDED_FLAGS = frozenset({"-m", "--alias", "--port", "-ngl", "--metrics"})
@@ -83,12 +82,14 @@ def embedded_engine(reason: str = "") -> Engine:
             f"no llama.cpp engine{because}: the package xllamacpp is not installed; {HOW_TO_GET_ONE}",
             key="engine",
         )
+    from importlib.metadata import version  # noqa: PLC0415 - every start of the embedded engine would pay
+
     return Engine(
         kind="embedded",
         # -P: a file in the current folder must not be imported in place of a module.
         command=(sys.executable, "-P", "-m", "llama_gpu.engine"),
         flags=known_flags(),
-        version=f"xllamacpp {importlib.metadata.version('xllamacpp')}",
+        version=f"xllamacpp {version('xllamacpp')}",
         reason=reason,
     )
 
@@ -111,23 +112,38 @@ def llama_server_engine(path: str | Path, reason: str = "") -> Engine:
 def _examined(path: str, _modified_ns: int, _size_bytes: int) -> tuple[frozenset[str], str | None]:
     """Flags and version, asked once for each build that lies at ``path``."""
     flags = frozenset(
-        name for line in HELP_LINE.findall(_output(path, "--help")) for name in re.split(r",\s+", line)
+        name for line in HELP_LINE.findall(_output((path, "--help"))) for name in re.split(r",\s+", line)
     )
     if missing := NEEDED_FLAGS - flags:
         raise ConfigError(
             f"{path} is no llama-server that can be used: --help does not list {', '.join(sorted(missing))}",
             key="engine.path",
         )
-    version = VERSION.search(_output(path, "--version"))
+    version = VERSION.search(_output((path, "--version")))
     return flags, version[1].strip() if version else None
 
 
-def _output(path: str, flag: str) -> str:
+def list_devices(engine: Engine) -> tuple[str, ...]:
+    """The GPUs that this engine can use, such as ``"CUDA0: NVIDIA L4 (22563 MiB, 22350 MiB free)"``.
+
+    Empty for a build without GPU support, whatever GPUs the machine has. Starts the engine, which for a
+    moment takes a context's memory on each GPU: seconds, so not in an event loop.
+
+    Raises:
+        ConfigError: The engine does not run.
+    """
+    if not engine.knows("--list-devices"):
+        return ()
+    return tuple(DEVICE_LINE.findall(_output((*engine.command, "--list-devices"), hide_gpus=False)))
+
+
+def _output(command: tuple[str, ...], *, hide_gpus: bool = True) -> str:
     # No GPU is needed to print a text, and a CUDA context would take memory on every one.
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if hide_gpus else {})}
+    shown = " ".join(command)
     try:
         done = subprocess.run(
-            [path, flag],
+            command,
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -139,8 +155,8 @@ def _output(path: str, flag: str) -> str:
         said = error.stdout.decode("utf-8", "replace").strip().splitlines()
         detail = f": {said[-1]}" if said else ""
         raise ConfigError(
-            f"`{path} {flag}` ended with exit code {error.returncode}{detail}", key="engine"
+            f"`{shown}` ended with exit code {error.returncode}{detail}", key="engine.path"
         ) from error
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise ConfigError(f"`{path} {flag}` does not run: {error}", key="engine") from error
+        raise ConfigError(f"`{shown}` does not run: {error}", key="engine.path") from error
     return done.stdout.decode("utf-8", "replace")
