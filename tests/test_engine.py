@@ -268,6 +268,26 @@ def test_term_ends_a_server_that_is_streaming(llama: Path) -> None:
 
 
 @needs_xllamacpp
+def test_term_ends_a_server_in_the_middle_of_its_load(tmp_path: Path) -> None:
+    endless = tmp_path / "pipe.gguf"
+    os.mkfifo(endless)
+    plan = plan_launch(engine=embedded_engine(), model_path=endless, alias="tiny", api_key="k")
+
+    async def body() -> None:
+        async with aiohttp.ClientSession() as http:
+            server = Server(plan, model="tiny", http=http)
+            starting = asyncio.create_task(server.start())
+            write_end = await asyncio.to_thread(os.open, endless, os.O_WRONLY)
+            await server.stop(60.0)
+            os.close(write_end)
+            with pytest.raises(ServerExitedError, match="was stopped"):
+                await starting
+            assert server.exit_code == -signal.SIGTERM
+
+    asyncio.run(body())
+
+
+@needs_xllamacpp
 def test_a_crash_of_the_real_engine_closes_the_stream(llama: Path) -> None:
     async def body() -> None:
         async with loaded(llama) as (server, http):

@@ -292,6 +292,19 @@ def test_another_port_is_tried_when_somebody_was_quicker(
     asyncio.run(body())
 
 
+def test_servers_that_start_at_once_get_ports_of_their_own(plan: Callable[..., LaunchPlan]) -> None:
+    first = Ports().take()
+    ports = Ports(first=first)
+
+    async def body() -> None:
+        async with owned(plan(), ports=ports) as one, owned(plan(), ports=ports) as other:
+            await asyncio.gather(one.start(), other.start())
+            assert one.port != other.port
+            assert min(one.port, other.port) >= first
+
+    asyncio.run(body())
+
+
 def test_a_stranger_on_the_port_is_not_taken_for_the_server(plan: Callable[..., LaunchPlan]) -> None:
     async def body() -> None:
         async with owned(plan()) as stranger:
