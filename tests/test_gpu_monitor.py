@@ -214,7 +214,7 @@ def test_a_gpu_that_is_no_longer_listed_is_lost_until_it_is_back(
     until(lambda: by_name() == {"first": "lost", "second": "ok"})
     fake_nvml.set_gpus([first, second])
     until(lambda: by_name() == {"first": "ok", "second": "ok"})
-    assert [gpu.index for gpu in monitor.snapshot()] == [0, 1]
+    until(lambda: [gpu.index for gpu in monitor.snapshot()] == [0, 1])
 
 
 def test_a_lost_gpu_is_lost_and_its_slices_with_it(fake_nvml: FakeNvml) -> None:
