@@ -39,7 +39,7 @@ static int project(const std::string & line) {
     common_params params;
     common_init();
     common_log_set_verbosity_thold(-1);
-    if (!common_params_parse((int) argv.size(), argv.data(), params, LLAMA_EXAMPLE_FIT_PARAMS)) {
+    if (!common_params_parse((int) argv.size(), argv.data(), params, LLAMA_EXAMPLE_SERVER)) {
         return 1;
     }
     llama_backend_init();

@@ -66,10 +66,24 @@ class Case:
         return options
 
 
-@cache
-def _table() -> dict[str, Any]:
+def load() -> dict[str, Any]:
+    """The carried table as it lies in the file."""
     table: dict[str, Any] = json.loads(lzma.decompress((HERE / "cases.json.xz").read_bytes()))
     return table
+
+
+_table = cache(load)
+
+
+def as_json(case: Case) -> dict[str, Any]:
+    """A case as it lies in the file."""
+    return {
+        "name": case.name,
+        "backend": case.backend,
+        "devices": case.devices,
+        "args": case.args,
+        "bytes": [[sizes.weights, sizes.context, sizes.compute] for sizes in case.sizes],
+    }
 
 
 def model_names() -> list[str]:

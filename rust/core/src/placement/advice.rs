@@ -10,7 +10,7 @@ use super::place::Estimated;
 use super::policy::{CpuUse, Policy, Running};
 use super::refusal::NAMED_GPUS;
 use super::words::{size, size_at_least};
-use crate::estimate::{Companions, CpuMoe, EstimateOptions, FlashAttention};
+use crate::estimate::{CpuMoe, EstimateOptions, FlashAttention};
 use crate::gguf::GgmlType;
 use crate::gpu::Gpu;
 use crate::model::{Footprint, ModelFacts};
@@ -28,8 +28,7 @@ pub(crate) struct Question<'a> {
     pub(crate) options: EstimateOptions,
     pub(crate) gpus: Vec<&'a Gpu>,
     pub(crate) policy: Policy,
-    pub(crate) running: &'a [&'a Running],
-    pub(crate) companions: Companions<'a>,
+    pub(crate) running: &'a [Running],
 }
 
 impl Question<'_> {
@@ -46,9 +45,9 @@ impl Question<'_> {
         options: &EstimateOptions,
         gpus: &[G],
         policy: &Policy,
-        running: &[&Running],
+        running: &[Running],
     ) -> bool {
-        Estimated::new(self.facts, options, self.companions)
+        Estimated::new(self.facts, options)
             .and_then(|model| decide(&model, options.gpu_layers, gpus, policy, running))
             .is_ok_and(|decision| decision.is_some())
     }
@@ -86,12 +85,8 @@ fn somebody_idle(question: &Question<'_>) -> Option<String> {
     };
     let helps = |place: usize| {
         let mut running = question.running.to_vec();
-        let idle = running.get(place).map(|model| Running {
-            busy: false,
-            ..(*model).clone()
-        });
-        if let (Some(model), Some(idle)) = (running.get_mut(place), idle.as_ref()) {
-            *model = idle;
+        if let Some(model) = running.get_mut(place) {
+            model.busy = false;
         }
         question.fits(
             &question.options,
@@ -103,7 +98,6 @@ fn somebody_idle(question: &Question<'_>) -> Option<String> {
     let mut busy: Vec<(usize, &Running)> = question
         .running
         .iter()
-        .copied()
         .enumerate()
         .filter(|(_, model)| {
             model.busy && !model.pinned && model.priority <= question.policy.priority

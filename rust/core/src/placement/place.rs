@@ -7,9 +7,7 @@ use super::decide::{Decision, MemoryModel, decide};
 use super::explain;
 use super::policy::{Policy, Running};
 use super::refusal;
-use crate::estimate::{
-    Companions, EstimateError, EstimateOptions, MemoryEstimate, estimate_with, layer_costs,
-};
+use crate::estimate::{EstimateError, EstimateOptions, MemoryEstimate, estimate, layer_costs};
 use crate::gpu::Gpu;
 use crate::model::ModelFacts;
 
@@ -112,7 +110,6 @@ impl std::error::Error for PlaceError {}
 /// A model with its options, as the search asks for it.
 pub(crate) struct Estimated<'a> {
     facts: &'a ModelFacts,
-    companions: Companions<'a>,
     options: EstimateOptions,
     layer_bytes: Vec<u64>,
 }
@@ -121,7 +118,6 @@ impl<'a> Estimated<'a> {
     pub(crate) fn new(
         facts: &'a ModelFacts,
         options: &EstimateOptions,
-        companions: Companions<'a>,
     ) -> Result<Self, EstimateError> {
         let options = EstimateOptions {
             devices: 1,
@@ -133,7 +129,6 @@ impl<'a> Estimated<'a> {
         layer_bytes.push(costs.output);
         Ok(Self {
             facts,
-            companions,
             options,
             layer_bytes,
         })
@@ -151,7 +146,7 @@ impl<'a> Estimated<'a> {
             tensor_split: (!counts.is_empty()).then(|| proportions(counts)),
             ..self.options.clone()
         };
-        estimate_with(self.facts, &options, self.companions)
+        estimate(self.facts, &options)
     }
 }
 
@@ -193,15 +188,14 @@ fn proportions(counts: &[u32]) -> Vec<f32> {
 pub fn place<G: Borrow<Gpu>>(
     facts: &ModelFacts,
     options: &EstimateOptions,
-    companions: Companions<'_>,
     gpus: &[G],
     policy: &Policy,
-    running: &[&Running],
+    running: &[Running],
 ) -> Result<Placement, PlaceError> {
-    let model = Estimated::new(facts, options, companions)?;
+    let model = Estimated::new(facts, options)?;
     let decision = decide(&model, options.gpu_layers, gpus, policy, running)?;
     let Some(decision) = decision else {
-        let refusal = refusal::refusal(facts, options, companions, gpus, policy, running)?;
+        let refusal = refusal::refusal(facts, options, gpus, policy, running)?;
         return Err(PlaceError::DoesNotFit(Box::new(refusal)));
     };
     Ok(placement(&model, &decision, gpus, policy, running)?)
@@ -212,7 +206,7 @@ fn placement<G: Borrow<Gpu>>(
     decision: &Decision,
     gpus: &[G],
     policy: &Policy,
-    running: &[&Running],
+    running: &[Running],
 ) -> Result<Placement, EstimateError> {
     let counts: Vec<u32> = decision.shares.iter().map(|share| share.layers).collect();
     let gpu_layers = decision.gpu_layers();
