@@ -92,7 +92,7 @@ check: $(DONE)/debug $(DONE)/dev
 	$(PY) -m mypy.stubtest llama_gpu._core
 
 bench: $(DONE)/release $(DONE)/dev
-	$(PY) -m pytest -q tests/benchmarks --benchmark-only $(ARGS)
+	$(PY) -m pytest -q -o addopts= tests/benchmarks --benchmark-only --benchmark-columns=min,median,max,rounds $(ARGS)
 	cargo bench --quiet --workspace
 
 wheel: $(DONE)/run | toolchain

@@ -200,11 +200,11 @@ def test_a_wrong_variable_is_named():
 
 def test_variables_with_lists_are_split():
     config = load(
-        LLAMA_GPU_MODELS_DIRS="/a:/b", LLAMA_GPU_SERVER_API_KEYS="x,y", LLAMA_GPU_GPU_ALLOWED="GPU-1"
+        LLAMA_GPU_MODELS_DIRS="/a:/b", LLAMA_GPU_SERVER_API_KEYS="x,y", LLAMA_GPU_GPU_ALLOWED="GPU-1,0"
     )
     assert config.models_dirs == (Path("/a"), Path("/b"))
     assert config.server.api_keys == ("x", "y")
-    assert config.gpu.allowed == ("GPU-1",)
+    assert config.gpu.allowed == ("GPU-1", 0)
 
 
 def test_every_section_but_the_models_has_variables():

@@ -5,24 +5,32 @@ read a file or ask the driver let go of the interpreter while they wait; the oth
 take microseconds and do not.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any, Literal, Self, final, overload
 
 __all__ = [
+    "Claim",
     "DeviceMemory",
     "Gpu",
     "GpuProcess",
     "GpuSnapshot",
     "Header",
+    "Lease",
+    "Ledger",
     "MemoryEstimate",
     "Metadata",
     "MetadataArray",
     "Monitor",
+    "PlacedDevice",
+    "Placement",
+    "Policy",
+    "Running",
     "Shard",
     "Tensor",
     "__version__",
     "estimate",
+    "place",
     "read_header",
     "snapshot_gpus",
 ]
@@ -590,3 +598,348 @@ def estimate(
         OSError: the file cannot be read.
         InvalidGgufError: the file breaks the format.
     """
+
+# --- placement ---------------------------------------------------------------
+
+@final
+class Policy:
+    """Where a model may go and what must be left there.
+
+    Raises:
+        ValueError: an unknown strategy or use of the CPU; the known ones are named.
+        TypeError: a GPU in ``allowed`` that is neither an index nor a UUID.
+    """
+
+    def __new__(
+        cls,
+        *,
+        strategy: Literal["single-gpu-preferred", "distribute", "pack"] = "single-gpu-preferred",
+        headroom_bytes: int = 0,
+        max_gpus: int | None = None,
+        allowed: Iterable[int | str] | None = None,
+        cpu: Literal["never", "partial", "allow"] = "never",
+        partial: bool = False,
+        priority: int = 0,
+    ) -> Self: ...
+    @property
+    def strategy(self) -> Literal["single-gpu-preferred", "distribute", "pack"]:
+        """Which of several GPUs that would do is taken.
+
+        ``"single-gpu-preferred"`` takes the one with the least left over, ``"distribute"`` the
+        emptiest, ``"pack"`` one in use before an empty one.
+        """
+
+    @property
+    def headroom_bytes(self) -> int:
+        """Bytes that must stay free on every GPU that is used."""
+
+    @property
+    def max_gpus(self) -> int | None:
+        """The largest number of GPUs for one model; None for as many as llama.cpp can use (16)."""
+
+    @property
+    def allowed(self) -> tuple[int | str, ...] | None:
+        """The only GPUs that may be used, by index or UUID; None for all.
+
+        The UUID of a physical GPU names its MIG devices too.
+        """
+
+    @property
+    def cpu(self) -> Literal["never", "partial", "allow"]:
+        """How much of the model may run on the CPU: nothing, some of its layers, or all of it."""
+
+    @property
+    def partial(self) -> bool:
+        """Whether some layers may stay on the CPU; ``cpu`` of ``"partial"`` or ``"allow"`` says the same."""
+
+    @property
+    def priority(self) -> int:
+        """The newcomer's priority: models of a higher one are not evicted for it."""
+
+    def __eq__(self, other: object, /) -> bool: ...
+    def __hash__(self) -> int: ...
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
+
+@final
+class Running:
+    """A model that holds GPU memory, and what it would cost to lose it."""
+
+    def __new__(
+        cls,
+        id: str,  # noqa: A002 -- the name is the contract
+        bytes_by_gpu: dict[str, int],
+        *,
+        busy: bool = False,
+        pinned: bool = False,
+        idle_seconds: float = 0.0,
+        priority: int = 0,
+        reload_seconds: float | None = None,
+    ) -> Self: ...
+    @property
+    def id(self) -> str:
+        """Handed back in ``Placement.evict`` when it should leave."""
+
+    @property
+    def bytes_by_gpu(self) -> dict[str, int]:
+        """The bytes it holds, by GPU UUID: what comes back when it leaves."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether it answers a request now, or loads. A busy model is never evicted."""
+
+    @property
+    def pinned(self) -> bool:
+        """Whether it must stay. A pinned model is never evicted."""
+
+    @property
+    def idle_seconds(self) -> float:
+        """Seconds since its last request ended."""
+
+    @property
+    def priority(self) -> int:
+        """A newcomer of a lower one does not evict it."""
+
+    @property
+    def reload_seconds(self) -> float | None:
+        """Seconds that loading it again takes; None is taken from its size, at 2 GB a second."""
+
+    @property
+    def eviction_cost(self) -> int:
+        """What evicting it costs, in microseconds of reloading that are to be expected.
+
+        ``reload * 4**priority / (1 + idle / 300)``, the priority held between -8 and 8, at
+        least 1. The set that is evicted is the one with the least sum.
+        """
+
+    def __eq__(self, other: object, /) -> bool: ...
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
+
+@final
+class PlacedDevice:
+    """A GPU that a model is placed on."""
+
+    def __new__(cls, *, uuid: str, index: int, layers: int, total_bytes: int) -> Self: ...
+    @property
+    def uuid(self) -> str:
+        """Its identity, to be handed to the server in this order."""
+
+    @property
+    def index(self) -> int:
+        """Its index, for display."""
+
+    @property
+    def layers(self) -> int:
+        """Layers it holds, the output layer counted."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Everything it will hold for the model."""
+
+    def __eq__(self, other: object, /) -> bool: ...
+    def __hash__(self) -> int: ...
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
+
+@final
+class Placement:
+    """Where a model goes, what must leave for it, and why."""
+
+    def __new__(
+        cls,
+        *,
+        mode: Literal["single", "multi", "partial", "cpu"],
+        devices: Sequence[PlacedDevice],
+        gpu_layers: int,
+        tensor_split: Sequence[float],
+        evict: Sequence[str],
+        estimate: MemoryEstimate,
+        reason: str,
+    ) -> Self: ...
+    @property
+    def mode(self) -> Literal["single", "multi", "partial", "cpu"]:
+        """All layers on one GPU or on several, some on the CPU, or all there."""
+
+    @property
+    def devices(self) -> tuple[PlacedDevice, ...]:
+        """The GPUs, in the order in which the server must be given them."""
+
+    @property
+    def gpu_layers(self) -> int:
+        """Layers on GPUs, the output layer counted (``-ngl``)."""
+
+    @property
+    def tensor_split(self) -> tuple[float, ...]:
+        """Layers of each GPU as proportions (``-ts``).
+
+        llama.cpp deals them out exactly so (``load_tensors`` in src/llama-model.cpp).
+        """
+
+    @property
+    def evict(self) -> tuple[str, ...]:
+        """Ids of the running models that must leave first, the cheapest to lose first."""
+
+    @property
+    def estimate(self) -> MemoryEstimate:
+        """What it takes there."""
+
+    @property
+    def reason(self) -> str:
+        """Why there, in words."""
+
+    def __eq__(self, other: object, /) -> bool: ...
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
+
+def place(
+    model: str | PathLike[str] | Header,
+    gpus: GpuSnapshot | Iterable[Gpu],
+    *,
+    policy: Policy | None = None,
+    running: Iterable[Running] = (),
+    context_length: int = 0,
+    parallel: int = 1,
+    kv_unified: bool = False,
+    batch: int = 2048,
+    micro_batch: int = 512,
+    flash_attention: Literal["on", "off", "auto"] = "auto",
+    cache_type_k: str = "f16",
+    cache_type_v: str = "f16",
+    gpu_layers: int | None = None,
+    cpu_moe_layers: int | Literal["all"] = 0,
+    kv_offload: bool = True,
+    swa_full: bool = False,
+    mmproj: str | PathLike[str] | Header | None = None,
+    draft: str | PathLike[str] | Header | None = None,
+    backend: Literal["cuda", "generic"] = "cuda",
+    tier: Literal["analytic", "best"] = "analytic",
+) -> Placement:
+    """Decide where a model goes, and who leaves for it.
+
+    In this order: one GPU; the fewest GPUs, the layers split by their exact bytes; the same
+    once the cheapest set of idle models has left; some layers, then all of them on the CPU,
+    where the policy says so. A GPU that is lost, or whose free memory is unknown, is not used; a
+    hot or degraded one only where no other has room. A MIG device takes a whole model or nothing.
+
+    ``Gpu.free_bytes`` is what may be claimed now: the bytes of ``running`` are not in it.
+    The same question has the same answer; nothing is remembered and nothing changed. From a
+    header that has been read it takes microseconds and keeps the interpreter.
+
+    Args:
+        model: a GGUF file, or its header.
+        gpus: the GPUs there are.
+        policy: where it may go; None is ``Policy()``.
+        running: the models that hold memory now.
+        gpu_layers: place so many layers, the output layer counted, and leave the rest on the CPU.
+        context_length: as in ``estimate``, like all the others.
+        parallel: see ``estimate``.
+        kv_unified: see ``estimate``.
+        batch: see ``estimate``.
+        micro_batch: see ``estimate``.
+        flash_attention: see ``estimate``.
+        cache_type_k: see ``estimate``.
+        cache_type_v: see ``estimate``.
+        cpu_moe_layers: see ``estimate``.
+        kv_offload: see ``estimate``.
+        swa_full: see ``estimate``.
+        mmproj: see ``estimate``.
+        draft: see ``estimate``.
+        backend: see ``estimate``.
+        tier: see ``estimate``.
+
+    Raises:
+        DoesNotFitError: it fits nowhere that the policy allows; says by how much, what each GPU could
+            give once every idle model has left, and what smallest change would help.
+        ValueError: an option is out of range, or llama.cpp refuses it for this model; it is named.
+        UnsupportedModelError: the file is valid but no language model.
+        OSError: the file cannot be read.
+        InvalidGgufError: the file breaks the format.
+    """
+
+@final
+class Ledger:
+    """Who has been promised how much memory: reserve, commit, release.
+
+    A snapshot is old as soon as it is taken; the ledger is where the second of two loads that
+    were decided at the same instant is told that the memory is gone. Any thread may call any
+    method; the lock is held for microseconds.
+
+    Args:
+        gpus: the budget of each is its ``free_bytes``; where that is unknown, nothing.
+        host_bytes: the budget of ``"host"``, the host's memory; None for no such pool.
+    """
+
+    def __new__(cls, gpus: GpuSnapshot | Iterable[Gpu], *, host_bytes: int | None = None) -> Self: ...
+    def reserve(self, owner: str, bytes_by_gpu: Mapping[str, int]) -> Lease:
+        """Promise all of ``bytes_by_gpu`` to an owner, or nothing.
+
+        Raises:
+            DoesNotFitError: a GPU has too little left.
+            KeyError: the ledger knows no such GPU.
+        """
+
+    def set_budget(self, gpu: str, bytes: int) -> None:  # noqa: A002 -- what it is
+        """Set what a GPU has to give, claims included; below what is claimed, nothing is left."""
+
+    def release_owner(self, owner: str) -> int:
+        """Release every claim of an owner and say how many they were."""
+
+    @property
+    def available_by_gpu(self) -> dict[str, int]:
+        """Bytes that each GPU has left."""
+
+    @property
+    def claims(self) -> tuple[Claim, ...]:
+        """Every claim, the oldest first."""
+
+@final
+class Claim:
+    """A line of the ledger, as it was when asked for."""
+
+    @property
+    def owner(self) -> str:
+        """Whose it is."""
+
+    @property
+    def bytes_by_gpu(self) -> dict[str, int]:
+        """What it holds."""
+
+    @property
+    def state(self) -> Literal["reserved", "committed"]:
+        """A promise, or a measured fact."""
+
+    def __eq__(self, other: object, /) -> bool: ...
+
+@final
+class Lease:
+    """A claim in the hands of its owner.
+
+    It ends with ``release``, at the end of a ``with`` block, with ``Ledger.release_owner``, or
+    when it is forgotten, whichever is first. Hold it until the memory has really come back.
+    """
+
+    @property
+    def owner(self) -> str:
+        """Whose it is."""
+
+    @property
+    def bytes_by_gpu(self) -> dict[str, int]:
+        """What it holds now; nothing once released."""
+
+    @property
+    def state(self) -> Literal["reserved", "committed", "released"]:
+        """What it stands for now."""
+
+    def commit(self, bytes_by_gpu: Mapping[str, int]) -> None:
+        """Replace the promise by what was measured.
+
+        A measured fact is never refused: where it is more than the budget, nothing is left for
+        others until it ends.
+
+        Raises:
+            RuntimeError: the lease has been released.
+            KeyError: the ledger knows no such GPU.
+        """
+
+    def release(self) -> bool:
+        """Give everything back, and say whether there was anything; again changes nothing."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *exception: object) -> None: ...

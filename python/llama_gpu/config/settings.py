@@ -39,7 +39,11 @@ _one_or_many = BeforeValidator(lambda value: [value] if isinstance(value, str | 
 _all_is_none = BeforeValidator(lambda value: None if value == "all" else value)
 
 Texts = Annotated[tuple[str, ...], _one_or_many]
-GpuNames = Annotated[tuple[int | str, ...], _one_or_many]
+# From a variable an index comes as text.
+GpuName = Annotated[
+    int | str, BeforeValidator(lambda name: int(name) if isinstance(name, str) and name.isdecimal() else name)
+]
+GpuNames = Annotated[tuple[GpuName, ...], _one_or_many]
 Layers = Annotated[NonNegativeInt | None, _all_is_none]
 Port = Annotated[int, Field(ge=1, le=65535)]
 
@@ -161,7 +165,7 @@ class GpuSettings(_Settings):
     enabled: bool = True
     """false serves everything on the CPU."""
     enable_gpu_monitoring: bool = True
-    """Read the GPUs at every interval; false reads them only when a model is to be placed."""
+    """false reads no GPU, and so serves everything on the CPU, too."""
     monitoring_interval: PositiveFloat = 5.0
     """Seconds between two readings."""
     allocation_strategy: Strategy = "single-gpu-preferred"

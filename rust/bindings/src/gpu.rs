@@ -11,7 +11,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 
 /// `Type(key=repr(value), …)`, from the fields a constructor takes.
-fn repr_from_fields(type_name: &str, fields: &Bound<'_, PyDict>) -> PyResult<String> {
+pub(crate) fn repr_from_fields(type_name: &str, fields: &Bound<'_, PyDict>) -> PyResult<String> {
     let mut shown = Vec::with_capacity(fields.len());
     for (key, value) in fields {
         shown.push(format!("{key}={}", value.repr()?.to_str()?));

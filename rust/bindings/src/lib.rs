@@ -4,7 +4,9 @@ mod errors;
 mod estimate;
 mod gguf;
 mod gpu;
+mod ledger;
 mod metadata;
+mod placement;
 
 #[pyo3::pymodule(gil_used = false)]
 mod _core {
@@ -20,6 +22,11 @@ mod _core {
 
     #[pymodule_export]
     use crate::gpu::{PyGpu, PyGpuProcess, PyGpuSnapshot, PyMonitor, snapshot_gpus};
+
+    #[pymodule_export]
+    use crate::ledger::{PyClaim, PyLease, PyLedger};
+    #[pymodule_export]
+    use crate::placement::{PyPlacedDevice, PyPlacement, PyPolicy, PyRunning, place};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

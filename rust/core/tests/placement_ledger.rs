@@ -56,15 +56,15 @@ fn what_is_promised_to_one_is_gone_for_the_next_until_it_is_released() {
 fn the_measured_amount_replaces_the_promise_even_beyond_the_budget() {
     let ledger = ledger(&[("a", 10), ("b", 10)]);
     let lease = ledger.reserve("model", bytes(&[("a", 7)])).unwrap();
-    lease.commit(&bytes(&[("a", 5), ("b", 1)])).unwrap();
+    lease.commit(bytes(&[("a", 5), ("b", 1)])).unwrap();
     assert_eq!(ledger.available(), bytes(&[("a", 5), ("b", 9)]));
-    lease.commit(&bytes(&[("a", 12)])).unwrap();
+    lease.commit(bytes(&[("a", 12)])).unwrap();
     assert_eq!(ledger.available(), bytes(&[("a", 0), ("b", 10)]));
     assert_eq!(lease.state(), LeaseState::Committed);
     lease.release();
     assert_eq!(ledger.available(), bytes(&[("a", 10), ("b", 10)]));
     assert_eq!(
-        lease.commit(&bytes(&[("a", 1)])),
+        lease.commit(bytes(&[("a", 1)])),
         Err(Refused::AlreadyReleased)
     );
 }
@@ -117,19 +117,19 @@ fn a_pool_that_nobody_named_is_refused_by_name() {
         unknown
     );
     let lease = ledger.reserve("model", bytes(&[("a", 1)])).unwrap();
-    assert_eq!(lease.commit(&bytes(&[("b", 1)])), Err(unknown));
+    assert_eq!(lease.commit(bytes(&[("b", 1)])), Err(unknown));
     assert_eq!(lease.state(), LeaseState::Reserved);
 }
 
 #[test]
 fn many_threads_never_hold_more_than_there_is() {
-    const THREADS: u64 = 16;
+    const THREADS: u32 = 16;
     const ROUNDS: u64 = 5_000;
     let ledger = ledger(&[("a", 20), ("b", 20)]);
     let (held, most) = (AtomicU64::new(0), AtomicU64::new(0));
-    let start = Barrier::new(THREADS as usize);
+    let start = Barrier::new(usize::try_from(THREADS).unwrap());
     std::thread::scope(|scope| {
-        for thread in 0..THREADS {
+        for thread in 0..u64::from(THREADS) {
             let (ledger, held, most, start) = (&ledger, &held, &most, &start);
             scope.spawn(move || {
                 start.wait();
@@ -202,7 +202,7 @@ proptest! {
                 Step::Commit(at, measured) => {
                     if let Some(lease) = leases.get(at) {
                         let live = lease.state() != LeaseState::Released;
-                        prop_assert_eq!(lease.commit(&measured).is_ok(), live);
+                        prop_assert_eq!(lease.commit(measured).is_ok(), live);
                     }
                 }
                 Step::Release(at) => {

@@ -11,7 +11,7 @@
 
 mod support;
 
-use llama_gpu_core::estimate::{CpuMoe, EstimateOptions, estimate, layer_devices};
+use llama_gpu_core::estimate::{Companions, CpuMoe, EstimateOptions, estimate, layer_devices};
 use llama_gpu_core::gpu::{Gpu, GpuHealth};
 use llama_gpu_core::model::ModelFacts;
 use llama_gpu_core::placement::{
@@ -40,12 +40,30 @@ fn running(id: &str, gpu: u32, gib: u64) -> Running {
     }
 }
 
+fn asked(
+    facts: &ModelFacts,
+    options: &EstimateOptions,
+    gpus: &[Gpu],
+    policy: &Policy,
+    tenants: &[Running],
+) -> Result<Placement, PlaceError> {
+    let tenants: Vec<&Running> = tenants.iter().collect();
+    place(
+        facts,
+        options,
+        Companions::default(),
+        gpus,
+        policy,
+        &tenants,
+    )
+}
+
 fn placed(facts: &ModelFacts, gpus: &[Gpu], policy: &Policy, tenants: &[Running]) -> Placement {
-    place(facts, &EstimateOptions::default(), gpus, policy, tenants).unwrap()
+    asked(facts, &EstimateOptions::default(), gpus, policy, tenants).unwrap()
 }
 
 fn refused(facts: &ModelFacts, gpus: &[Gpu], policy: &Policy, tenants: &[Running]) -> DoesNotFit {
-    match place(facts, &EstimateOptions::default(), gpus, policy, tenants) {
+    match asked(facts, &EstimateOptions::default(), gpus, policy, tenants) {
         Err(PlaceError::DoesNotFit(refusal)) => *refusal,
         other => panic!("expected a refusal, not {other:?}"),
     }
@@ -409,13 +427,13 @@ fn layers_asked_to_stay_on_the_cpu_stay_there() {
         gpu_layers: Some(10),
         ..EstimateOptions::default()
     };
-    let placement = place(&LARGE.facts(), &options, &gpus, &Policy::default(), &[]).unwrap();
+    let placement = asked(&LARGE.facts(), &options, &gpus, &Policy::default(), &[]).unwrap();
     assert_eq!((placement.mode, placement.gpu_layers), (Mode::Partial, 10));
     let options = EstimateOptions {
         gpu_layers: Some(0),
         ..EstimateOptions::default()
     };
-    let placement = place(&LARGE.facts(), &options, &gpus, &Policy::default(), &[]).unwrap();
+    let placement = asked(&LARGE.facts(), &options, &gpus, &Policy::default(), &[]).unwrap();
     assert_eq!(placement.mode, Mode::Cpu);
 }
 
@@ -446,12 +464,12 @@ fn a_refusal_says_how_much_is_missing_and_each_advice_helps() {
         context_length,
         ..EstimateOptions::default()
     };
-    place(&facts, &options, &gpus, &Policy::default(), &[]).unwrap();
+    asked(&facts, &options, &gpus, &Policy::default(), &[]).unwrap();
     let longer = EstimateOptions {
         context_length: context_length + 1024,
         ..options
     };
-    place(&facts, &longer, &gpus, &Policy::default(), &[]).unwrap_err();
+    asked(&facts, &longer, &gpus, &Policy::default(), &[]).unwrap_err();
     let gib: f64 = word_after("free ").parse().unwrap();
     let freed = Gpu {
         free_bytes: Some(4 * GIB + (gib * GIB as f64) as u64),
@@ -477,7 +495,7 @@ fn experts_are_advised_to_the_cpu_only_where_there_are_any() {
         cpu_moe_layers: CpuMoe::Layers(layers),
         ..EstimateOptions::default()
     };
-    place(
+    asked(
         &experts.facts(),
         &with(layers),
         &gpus,
@@ -485,7 +503,7 @@ fn experts_are_advised_to_the_cpu_only_where_there_are_any() {
         &[],
     )
     .unwrap();
-    place(
+    asked(
         &experts.facts(),
         &with(layers - 1),
         &gpus,

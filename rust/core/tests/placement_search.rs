@@ -185,6 +185,10 @@ fn leaving_sets(running: &[Running], priority: i32) -> Vec<(u32, u64)> {
         .collect()
 }
 
+fn all(running: &[Running]) -> Vec<&Running> {
+    running.iter().collect()
+}
+
 fn cost_of(decision: &Decision, running: &[Running]) -> u64 {
     decision
         .evict
@@ -281,17 +285,17 @@ proptest! {
         strategy in strategies(),
     ) {
         let policy = Policy { strategy, headroom_bytes: headroom, priority, ..Policy::default() };
-        let all = toy.layers.len() as u32;
+        let layers = toy.layers.len() as u32;
         let outcomes: Vec<(usize, u64)> = leaving_sets(&running, priority)
             .into_iter()
             .filter_map(|(leaving, cost)| {
                 let budgets = budgets(&gpus, &running, leaving, headroom);
-                Some((fewest_gpus(&toy, &budgets, all, gpus.len())?, cost))
+                Some((fewest_gpus(&toy, &budgets, layers, gpus.len())?, cost))
             })
             .collect();
         let without = outcomes.iter().filter(|(_, cost)| *cost == 0).min();
         let expected = without.or(outcomes.iter().min()).copied();
-        let decision = decide(&toy, None, &gpus, &policy, &running).unwrap();
+        let decision = decide(&toy, None, &gpus, &policy, &all(&running)).unwrap();
         let found = decision.as_ref().map(|found| (found.shares.len(), cost_of(found, &running)));
         prop_assert_eq!(found, expected, "{:?}", decision);
         if let Some(decision) = decision {
@@ -310,8 +314,8 @@ proptest! {
         toy in toys(), gpus in boxes(6), running in tenants(6, 12), strategy in strategies(),
     ) {
         let policy = Policy { strategy, cpu: CpuUse::Allow, ..Policy::default() };
-        let first = decide(&toy, None, &gpus, &policy, &running).unwrap();
-        prop_assert_eq!(&first, &decide(&toy, None, &gpus, &policy, &running).unwrap());
+        let first = decide(&toy, None, &gpus, &policy, &all(&running)).unwrap();
+        prop_assert_eq!(&first, &decide(&toy, None, &gpus, &policy, &all(&running)).unwrap());
         prop_assert!(first.is_some(), "the CPU is allowed");
     }
 

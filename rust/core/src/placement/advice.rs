@@ -10,7 +10,7 @@ use super::place::Estimated;
 use super::policy::{CpuUse, Policy, Running};
 use super::refusal::NAMED_GPUS;
 use super::words::{size, size_at_least};
-use crate::estimate::{CpuMoe, EstimateOptions, FlashAttention};
+use crate::estimate::{Companions, CpuMoe, EstimateOptions, FlashAttention};
 use crate::gguf::GgmlType;
 use crate::gpu::Gpu;
 use crate::model::{Footprint, ModelFacts};
@@ -28,7 +28,8 @@ pub(crate) struct Question<'a> {
     pub(crate) options: EstimateOptions,
     pub(crate) gpus: Vec<&'a Gpu>,
     pub(crate) policy: Policy,
-    pub(crate) running: &'a [Running],
+    pub(crate) running: &'a [&'a Running],
+    pub(crate) companions: Companions<'a>,
 }
 
 impl Question<'_> {
@@ -45,9 +46,9 @@ impl Question<'_> {
         options: &EstimateOptions,
         gpus: &[G],
         policy: &Policy,
-        running: &[Running],
+        running: &[&Running],
     ) -> bool {
-        Estimated::new(self.facts, options)
+        Estimated::new(self.facts, options, self.companions)
             .and_then(|model| decide(&model, options.gpu_layers, gpus, policy, running))
             .is_ok_and(|decision| decision.is_some())
     }
@@ -85,8 +86,12 @@ fn somebody_idle(question: &Question<'_>) -> Option<String> {
     };
     let helps = |place: usize| {
         let mut running = question.running.to_vec();
-        if let Some(model) = running.get_mut(place) {
-            model.busy = false;
+        let idle = running.get(place).map(|model| Running {
+            busy: false,
+            ..(*model).clone()
+        });
+        if let (Some(model), Some(idle)) = (running.get_mut(place), idle.as_ref()) {
+            *model = idle;
         }
         question.fits(
             &question.options,
@@ -98,6 +103,7 @@ fn somebody_idle(question: &Question<'_>) -> Option<String> {
     let mut busy: Vec<(usize, &Running)> = question
         .running
         .iter()
+        .copied()
         .enumerate()
         .filter(|(_, model)| {
             model.busy && !model.pinned && model.priority <= question.policy.priority

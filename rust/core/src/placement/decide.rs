@@ -96,7 +96,7 @@ pub fn decide<M: MemoryModel, G: Borrow<Gpu>>(
     wanted: Option<u32>,
     gpus: &[G],
     policy: &Policy,
-    running: &[Running],
+    running: &[&Running],
 ) -> Result<Option<Decision>, M::Error> {
     let layers = Layers::new(model.layer_bytes());
     let wanted = wanted
@@ -170,7 +170,7 @@ impl<'a, M: MemoryModel, G: Borrow<Gpu>> Search<'a, M, G> {
         self.policy.strategy
     }
 
-    fn all_wanted(&self, running: &[Running]) -> Result<Option<Decision>, M::Error> {
+    fn all_wanted(&self, running: &[&Running]) -> Result<Option<Decision>, M::Error> {
         let nobody = Evictable::default();
         let (wanted, need) = (self.wanted, self.alone_bytes);
         if let Some(place) = best_single(&self.candidates, need, self.strategy()) {
@@ -297,7 +297,7 @@ impl<'a, M: MemoryModel, G: Borrow<Gpu>> Search<'a, M, G> {
         2..=most.min(self.joinable).min(self.wanted)
     }
 
-    fn evictable(&self, running: &[Running]) -> Evictable {
+    fn evictable(&self, running: &[&Running]) -> Evictable {
         let by_uuid: HashMap<&str, usize> = self
             .candidates
             .iter()

@@ -35,7 +35,7 @@ impl Evictable {
     /// Those who may leave for a newcomer of this priority; `place_of` finds a candidate by
     /// its UUID.
     pub(crate) fn new(
-        running: &[Running],
+        running: &[&Running],
         priority: i32,
         place_of: impl Fn(&str) -> Option<usize>,
     ) -> Self {

@@ -15,7 +15,7 @@ pub(crate) fn reason<G: Borrow<Gpu>>(
     all_layers: u32,
     gpus: &[G],
     policy: &Policy,
-    running: &[Running],
+    running: &[&Running],
 ) -> String {
     let gpu = |share: &Share| gpus.get(share.gpu).map(Borrow::<Gpu>::borrow);
     let shares: Vec<String> = decision
@@ -95,7 +95,7 @@ fn preference(strategy: Strategy) -> &'static str {
     }
 }
 
-fn leaving(decision: &Decision, running: &[Running]) -> String {
+fn leaving(decision: &Decision, running: &[&Running]) -> String {
     let leavers: Vec<String> = decision
         .evict
         .iter()

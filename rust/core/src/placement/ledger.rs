@@ -256,18 +256,23 @@ impl Lease {
     ///
     /// # Errors
     /// [`Refused::AlreadyReleased`], [`Refused::UnknownPool`].
-    pub fn commit(&self, measured: &BytesByPool) -> Result<(), Refused> {
+    pub fn commit(&self, measured: BytesByPool) -> Result<(), Refused> {
         let mut book = self.ledger.book();
         if let Some(unknown) = measured.keys().find(|name| !book.pools.contains_key(*name)) {
             return Err(Refused::UnknownPool(unknown.clone()));
         }
-        let Some(claim) = book.claims.get_mut(&self.number) else {
-            return Err(Refused::AlreadyReleased);
-        };
-        let promised = std::mem::replace(&mut claim.bytes, measured.clone());
-        claim.state = LeaseState::Committed;
-        book.give_back(&promised);
-        book.take(measured);
+        let promised = book.remove(self.number).ok_or(Refused::AlreadyReleased)?;
+        book.take(&measured);
+        let owner = promised.owner;
+        let state = LeaseState::Committed;
+        book.claims.insert(
+            self.number,
+            Claim {
+                owner,
+                bytes: measured,
+                state,
+            },
+        );
         Ok(())
     }
 

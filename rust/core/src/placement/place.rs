@@ -7,7 +7,9 @@ use super::decide::{Decision, MemoryModel, decide};
 use super::explain;
 use super::policy::{Policy, Running};
 use super::refusal;
-use crate::estimate::{EstimateError, EstimateOptions, MemoryEstimate, estimate, layer_costs};
+use crate::estimate::{
+    Companions, EstimateError, EstimateOptions, MemoryEstimate, estimate_with, layer_costs,
+};
 use crate::gpu::Gpu;
 use crate::model::ModelFacts;
 
@@ -110,6 +112,7 @@ impl std::error::Error for PlaceError {}
 /// A model with its options, as the search asks for it.
 pub(crate) struct Estimated<'a> {
     facts: &'a ModelFacts,
+    companions: Companions<'a>,
     options: EstimateOptions,
     layer_bytes: Vec<u64>,
 }
@@ -118,6 +121,7 @@ impl<'a> Estimated<'a> {
     pub(crate) fn new(
         facts: &'a ModelFacts,
         options: &EstimateOptions,
+        companions: Companions<'a>,
     ) -> Result<Self, EstimateError> {
         let options = EstimateOptions {
             devices: 1,
@@ -129,6 +133,7 @@ impl<'a> Estimated<'a> {
         layer_bytes.push(costs.output);
         Ok(Self {
             facts,
+            companions,
             options,
             layer_bytes,
         })
@@ -146,7 +151,7 @@ impl<'a> Estimated<'a> {
             tensor_split: (!counts.is_empty()).then(|| proportions(counts)),
             ..self.options.clone()
         };
-        estimate(self.facts, &options)
+        estimate_with(self.facts, &options, self.companions)
     }
 }
 
@@ -188,14 +193,15 @@ fn proportions(counts: &[u32]) -> Vec<f32> {
 pub fn place<G: Borrow<Gpu>>(
     facts: &ModelFacts,
     options: &EstimateOptions,
+    companions: Companions<'_>,
     gpus: &[G],
     policy: &Policy,
-    running: &[Running],
+    running: &[&Running],
 ) -> Result<Placement, PlaceError> {
-    let model = Estimated::new(facts, options)?;
+    let model = Estimated::new(facts, options, companions)?;
     let decision = decide(&model, options.gpu_layers, gpus, policy, running)?;
     let Some(decision) = decision else {
-        let refusal = refusal::refusal(facts, options, gpus, policy, running)?;
+        let refusal = refusal::refusal(facts, options, companions, gpus, policy, running)?;
         return Err(PlaceError::DoesNotFit(Box::new(refusal)));
     };
     Ok(placement(&model, &decision, gpus, policy, running)?)
@@ -206,7 +212,7 @@ fn placement<G: Borrow<Gpu>>(
     decision: &Decision,
     gpus: &[G],
     policy: &Policy,
-    running: &[Running],
+    running: &[&Running],
 ) -> Result<Placement, EstimateError> {
     let counts: Vec<u32> = decision.shares.iter().map(|share| share.layers).collect();
     let gpu_layers = decision.gpu_layers();

@@ -11,7 +11,7 @@ use super::place::{DoesNotFit, Estimated};
 use super::policy::{Policy, Running};
 use super::split::{MAX_DEVICES, even_split};
 use super::words::{list, size, size_at_least};
-use crate::estimate::{EstimateError, EstimateOptions};
+use crate::estimate::{Companions, EstimateError, EstimateOptions};
 use crate::gpu::{Gpu, GpuHealth};
 use crate::model::ModelFacts;
 
@@ -22,9 +22,10 @@ pub(crate) const NAMED_GPUS: usize = 8;
 pub(crate) fn refusal<G: Borrow<Gpu>>(
     facts: &ModelFacts,
     options: &EstimateOptions,
+    companions: Companions<'_>,
     gpus: &[G],
     policy: &Policy,
-    running: &[Running],
+    running: &[&Running],
 ) -> Result<DoesNotFit, EstimateError> {
     let question = Question {
         facts,
@@ -32,6 +33,7 @@ pub(crate) fn refusal<G: Borrow<Gpu>>(
         gpus: gpus.iter().map(Borrow::borrow).collect(),
         policy: policy.clone(),
         running,
+        companions,
     };
     let room = Room::new(&question);
     let attempt = Attempt::closest(&question, &room)?;
@@ -145,7 +147,7 @@ struct Attempt {
 
 impl Attempt {
     fn closest(question: &Question<'_>, room: &Room) -> Result<Self, EstimateError> {
-        let model = Estimated::new(question.facts, &question.options)?;
+        let model = Estimated::new(question.facts, &question.options, question.companions)?;
         let all = u32::try_from(model.layer_bytes().len()).unwrap_or(u32::MAX);
         let wanted = question
             .options

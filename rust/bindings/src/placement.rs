@@ -1,0 +1,498 @@
+//! `place` with its question (`Policy`, `Running`) and its answer (`Placement`, `PlacedDevice`).
+
+use llama_gpu_core::gpu::Gpu;
+use llama_gpu_core::placement::{
+    DoesNotFit, GpuName, Mode, PlaceError, PlacedDevice, Placement, Policy, Running, UnknownChoice,
+    place as place_model,
+};
+use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::{PyBool, PyDict, PyString, PyTuple};
+
+use crate::errors::raise;
+use crate::estimate::{ParsedOptions, PyMemoryEstimate, estimate_error, facts_of};
+use crate::gguf::header_from_any;
+use crate::gpu::{PyGpu, PyGpuSnapshot, repr_from_fields};
+
+type NewArguments<'py> = (Bound<'py, PyTuple>, Bound<'py, PyDict>);
+
+fn unknown_choice(key: &str, error: &UnknownChoice) -> PyErr {
+    PyValueError::new_err(format!("{key}: {error}"))
+}
+
+#[pyclass(
+    frozen,
+    eq,
+    hash,
+    from_py_object,
+    name = "Policy",
+    module = "llama_gpu"
+)]
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub(crate) struct PyPolicy(Policy);
+
+#[pymethods]
+impl PyPolicy {
+    #[new]
+    #[pyo3(signature = (*, strategy="single-gpu-preferred", headroom_bytes=0, max_gpus=None, allowed=None,
+        cpu="never", partial=false, priority=0))]
+    fn new(
+        strategy: &str,
+        headroom_bytes: u64,
+        max_gpus: Option<u32>,
+        allowed: Option<&Bound<'_, PyAny>>,
+        cpu: &str,
+        partial: bool,
+        priority: i32,
+    ) -> PyResult<Self> {
+        Ok(Self(Policy {
+            strategy: strategy
+                .parse()
+                .map_err(|e| unknown_choice("strategy", &e))?,
+            headroom_bytes,
+            max_gpus,
+            allowed: allowed.map(gpu_names).transpose()?,
+            cpu: cpu.parse().map_err(|e| unknown_choice("cpu", &e))?,
+            partial,
+            priority,
+        }))
+    }
+
+    #[getter]
+    fn strategy(&self) -> &'static str {
+        self.0.strategy.name()
+    }
+
+    #[getter]
+    fn headroom_bytes(&self) -> u64 {
+        self.0.headroom_bytes
+    }
+
+    #[getter]
+    fn max_gpus(&self) -> Option<u32> {
+        self.0.max_gpus
+    }
+
+    #[getter]
+    fn allowed<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyTuple>>> {
+        let Some(names) = &self.0.allowed else {
+            return Ok(None);
+        };
+        let names = names.iter().map(|name| match name {
+            GpuName::Index(index) => index
+                .into_pyobject(py)
+                .map(Bound::into_any)
+                .map_err(PyErr::from),
+            GpuName::Uuid(uuid) => Ok(PyString::new(py, uuid).into_any()),
+        });
+        PyTuple::new(py, names.collect::<PyResult<Vec<_>>>()?).map(Some)
+    }
+
+    #[getter]
+    fn cpu(&self) -> &'static str {
+        self.0.cpu.name()
+    }
+
+    #[getter]
+    fn partial(&self) -> bool {
+        self.0.partial
+    }
+
+    #[getter]
+    fn priority(&self) -> i32 {
+        self.0.priority
+    }
+
+    fn __getnewargs_ex__<'py>(&self, py: Python<'py>) -> PyResult<NewArguments<'py>> {
+        let fields = PyDict::new(py);
+        fields.set_item("strategy", self.strategy())?;
+        fields.set_item("headroom_bytes", self.headroom_bytes())?;
+        fields.set_item("max_gpus", self.max_gpus())?;
+        fields.set_item("allowed", self.allowed(py)?)?;
+        fields.set_item("cpu", self.cpu())?;
+        fields.set_item("partial", self.partial())?;
+        fields.set_item("priority", self.priority())?;
+        Ok((PyTuple::empty(py), fields))
+    }
+
+    fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
+        repr_from_fields("Policy", &self.__getnewargs_ex__(py)?.1)
+    }
+}
+
+/// Indices and UUIDs; a lone string would otherwise be taken for a list of letters.
+fn gpu_names(names: &Bound<'_, PyAny>) -> PyResult<Vec<GpuName>> {
+    if names.is_instance_of::<PyString>() {
+        return Err(PyTypeError::new_err(
+            "allowed must be a sequence of GPU indices and UUIDs",
+        ));
+    }
+    names
+        .try_iter()?
+        .map(|name| {
+            let name = name?;
+            if name.is_instance_of::<PyBool>() {
+                return Err(PyTypeError::new_err(
+                    "allowed: a GPU is named by its index or UUID",
+                ));
+            }
+            if let Ok(uuid) = name.extract::<String>() {
+                return Ok(GpuName::Uuid(uuid));
+            }
+            name.extract().map(GpuName::Index)
+        })
+        .collect()
+}
+
+#[pyclass(frozen, eq, from_py_object, name = "Running", module = "llama_gpu")]
+#[derive(Clone, PartialEq)]
+pub(crate) struct PyRunning(Running);
+
+#[pymethods]
+impl PyRunning {
+    #[new]
+    #[pyo3(signature = (id, bytes_by_gpu, *, busy=false, pinned=false, idle_seconds=0.0, priority=0,
+        reload_seconds=None))]
+    fn new(
+        id: String,
+        bytes_by_gpu: &Bound<'_, PyDict>,
+        busy: bool,
+        pinned: bool,
+        idle_seconds: f64,
+        priority: i32,
+        reload_seconds: Option<f64>,
+    ) -> PyResult<Self> {
+        let bytes_by_gpu = bytes_by_gpu
+            .iter()
+            .map(|(uuid, bytes)| Ok((uuid.extract()?, bytes.extract()?)))
+            .collect::<PyResult<_>>()?;
+        Ok(Self(Running {
+            id,
+            bytes_by_gpu,
+            busy,
+            pinned,
+            idle_seconds,
+            priority,
+            reload_seconds,
+        }))
+    }
+
+    #[getter]
+    fn id(&self) -> &str {
+        &self.0.id
+    }
+
+    #[getter]
+    fn bytes_by_gpu<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let bytes = PyDict::new(py);
+        for (uuid, held) in &self.0.bytes_by_gpu {
+            bytes.set_item(uuid, held)?;
+        }
+        Ok(bytes)
+    }
+
+    #[getter]
+    fn busy(&self) -> bool {
+        self.0.busy
+    }
+
+    #[getter]
+    fn pinned(&self) -> bool {
+        self.0.pinned
+    }
+
+    #[getter]
+    fn idle_seconds(&self) -> f64 {
+        self.0.idle_seconds
+    }
+
+    #[getter]
+    fn priority(&self) -> i32 {
+        self.0.priority
+    }
+
+    #[getter]
+    fn reload_seconds(&self) -> Option<f64> {
+        self.0.reload_seconds
+    }
+
+    #[getter]
+    fn eviction_cost(&self) -> u64 {
+        self.0.eviction_cost()
+    }
+
+    fn __getnewargs_ex__<'py>(&self, py: Python<'py>) -> PyResult<NewArguments<'py>> {
+        let fields = PyDict::new(py);
+        fields.set_item("id", self.id())?;
+        fields.set_item("bytes_by_gpu", self.bytes_by_gpu(py)?)?;
+        fields.set_item("busy", self.busy())?;
+        fields.set_item("pinned", self.pinned())?;
+        fields.set_item("idle_seconds", self.idle_seconds())?;
+        fields.set_item("priority", self.priority())?;
+        fields.set_item("reload_seconds", self.reload_seconds())?;
+        Ok((PyTuple::empty(py), fields))
+    }
+
+    fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
+        repr_from_fields("Running", &self.__getnewargs_ex__(py)?.1)
+    }
+}
+
+#[pyclass(
+    frozen,
+    eq,
+    hash,
+    from_py_object,
+    name = "PlacedDevice",
+    module = "llama_gpu"
+)]
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub(crate) struct PyPlacedDevice(PlacedDevice);
+
+#[pymethods]
+impl PyPlacedDevice {
+    #[new]
+    #[pyo3(signature = (*, uuid, index, layers, total_bytes))]
+    fn new(uuid: String, index: u32, layers: u32, total_bytes: u64) -> Self {
+        Self(PlacedDevice {
+            uuid,
+            index,
+            layers,
+            total_bytes,
+        })
+    }
+
+    #[getter]
+    fn uuid(&self) -> &str {
+        &self.0.uuid
+    }
+
+    #[getter]
+    fn index(&self) -> u32 {
+        self.0.index
+    }
+
+    #[getter]
+    fn layers(&self) -> u32 {
+        self.0.layers
+    }
+
+    #[getter]
+    fn total_bytes(&self) -> u64 {
+        self.0.total_bytes
+    }
+
+    fn __getnewargs_ex__<'py>(&self, py: Python<'py>) -> PyResult<NewArguments<'py>> {
+        let fields = PyDict::new(py);
+        fields.set_item("uuid", self.uuid())?;
+        fields.set_item("index", self.index())?;
+        fields.set_item("layers", self.layers())?;
+        fields.set_item("total_bytes", self.total_bytes())?;
+        Ok((PyTuple::empty(py), fields))
+    }
+
+    fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
+        repr_from_fields("PlacedDevice", &self.__getnewargs_ex__(py)?.1)
+    }
+}
+
+#[pyclass(frozen, eq, from_py_object, name = "Placement", module = "llama_gpu")]
+#[derive(Clone, PartialEq)]
+pub(crate) struct PyPlacement(Placement);
+
+#[pymethods]
+impl PyPlacement {
+    #[new]
+    #[pyo3(signature = (*, mode, devices, gpu_layers, tensor_split, evict, estimate, reason))]
+    fn new(
+        mode: &str,
+        devices: Vec<PyPlacedDevice>,
+        gpu_layers: u32,
+        tensor_split: Vec<f32>,
+        evict: Vec<String>,
+        estimate: PyMemoryEstimate,
+        reason: String,
+    ) -> PyResult<Self> {
+        let known = [Mode::Single, Mode::Multi, Mode::Partial, Mode::Cpu];
+        let Some(mode) = known.into_iter().find(|one| one.name() == mode) else {
+            let names = known.map(Mode::name).join("\", \"");
+            return Err(PyValueError::new_err(format!(
+                "mode: \"{mode}\" is none of \"{names}\""
+            )));
+        };
+        let devices = devices.into_iter().map(|device| device.0).collect();
+        let estimate = estimate.0;
+        Ok(Self(Placement {
+            mode,
+            devices,
+            gpu_layers,
+            tensor_split,
+            evict,
+            estimate,
+            reason,
+        }))
+    }
+
+    #[getter]
+    fn mode(&self) -> &'static str {
+        self.0.mode.name()
+    }
+
+    #[getter]
+    fn devices<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        PyTuple::new(py, self.0.devices.iter().cloned().map(PyPlacedDevice))
+    }
+
+    #[getter]
+    fn gpu_layers(&self) -> u32 {
+        self.0.gpu_layers
+    }
+
+    #[getter]
+    fn tensor_split<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        PyTuple::new(py, &self.0.tensor_split)
+    }
+
+    #[getter]
+    fn evict<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        PyTuple::new(py, &self.0.evict)
+    }
+
+    #[getter]
+    fn estimate(&self) -> PyMemoryEstimate {
+        PyMemoryEstimate(self.0.estimate.clone())
+    }
+
+    #[getter]
+    fn reason(&self) -> &str {
+        &self.0.reason
+    }
+
+    fn __getnewargs_ex__<'py>(&self, py: Python<'py>) -> PyResult<NewArguments<'py>> {
+        let fields = PyDict::new(py);
+        fields.set_item("mode", self.mode())?;
+        fields.set_item("devices", self.devices(py)?)?;
+        fields.set_item("gpu_layers", self.gpu_layers())?;
+        fields.set_item("tensor_split", self.tensor_split(py)?)?;
+        fields.set_item("evict", self.evict(py)?)?;
+        fields.set_item("estimate", self.estimate())?;
+        fields.set_item("reason", self.reason())?;
+        Ok((PyTuple::empty(py), fields))
+    }
+
+    fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
+        repr_from_fields("Placement", &self.__getnewargs_ex__(py)?.1)
+    }
+}
+
+/// GPUs that stay where Python keeps them: thousands are not worth copying.
+pub(crate) enum Gpus<'py> {
+    Snapshot(Bound<'py, PyGpuSnapshot>),
+    Sequence(Vec<Bound<'py, PyGpu>>),
+}
+
+impl<'py> Gpus<'py> {
+    /// # Errors
+    /// `TypeError` for what is neither a `GpuSnapshot` nor a sequence of `Gpu`.
+    pub(crate) fn from_any(gpus: &Bound<'py, PyAny>) -> PyResult<Self> {
+        if let Ok(snapshot) = gpus.cast::<PyGpuSnapshot>() {
+            return Ok(Self::Snapshot(snapshot.clone()));
+        }
+        elements(gpus, "gpus must be a GpuSnapshot or a sequence of Gpu").map(Self::Sequence)
+    }
+
+    pub(crate) fn as_refs(&self) -> Vec<&Gpu> {
+        match self {
+            Self::Snapshot(snapshot) => snapshot.get().0.gpus.iter().collect(),
+            Self::Sequence(gpus) => gpus.iter().map(|gpu| &gpu.get().0).collect(),
+        }
+    }
+}
+
+/// Every element of a sequence as the class it must have.
+fn elements<'py, Class: pyo3::PyClass>(
+    sequence: &Bound<'py, PyAny>,
+    wanted: &str,
+) -> PyResult<Vec<Bound<'py, Class>>> {
+    let mut found = Vec::with_capacity(sequence.len().unwrap_or(0));
+    for element in sequence.try_iter()? {
+        let element = element?;
+        let Ok(element) = element.cast::<Class>() else {
+            let given = element.get_type().name()?;
+            return Err(PyTypeError::new_err(format!("{wanted}, not of {given}")));
+        };
+        found.push(element.clone());
+    }
+    Ok(found)
+}
+
+#[pyfunction]
+#[pyo3(
+    signature = (model, gpus, *, policy=None, running=None, **options),
+    text_signature = "(model, gpus, *, policy=None, running=(), context_length=0, parallel=1, kv_unified=False, \
+                      batch=2048, micro_batch=512, flash_attention='auto', cache_type_k='f16', cache_type_v='f16', \
+                      gpu_layers=None, cpu_moe_layers=0, kv_offload=True, swa_full=False, mmproj=None, draft=None, \
+                      backend='cuda', tier='analytic')"
+)]
+pub(crate) fn place(
+    model: &Bound<'_, PyAny>,
+    gpus: &Bound<'_, PyAny>,
+    policy: Option<&Bound<'_, PyPolicy>>,
+    running: Option<&Bound<'_, PyAny>>,
+    options: Option<&Bound<'_, PyDict>>,
+) -> PyResult<PyPlacement> {
+    let py = model.py();
+    let header = header_from_any(model)?;
+    let parsed = estimate_options(options)?;
+    let facts = facts_of(py, &header)?;
+    let default = Policy::default();
+    let policy = policy.map_or(&default, |policy| &policy.get().0);
+    let running: Vec<Bound<'_, PyRunning>> = match running {
+        None => Vec::new(),
+        Some(running) => elements(running, "running must be a sequence of Running")?,
+    };
+    let running: Vec<&Running> = running.iter().map(|model| &model.get().0).collect();
+    let gpus = Gpus::from_any(gpus)?;
+    let placed = place_model(
+        &facts,
+        &parsed.options,
+        parsed.companions(),
+        &gpus.as_refs(),
+        policy,
+        &running,
+    );
+    placed.map(PyPlacement).map_err(|error| match error {
+        PlaceError::Estimate(error) => estimate_error(py, &header, &error),
+        PlaceError::DoesNotFit(refusal) => does_not_fit(py, &refusal),
+    })
+}
+
+/// What `estimate` takes by keyword, without what `place` is asked to find out.
+fn estimate_options(keywords: Option<&Bound<'_, PyDict>>) -> PyResult<ParsedOptions> {
+    let mut parsed = ParsedOptions::default();
+    for (key, value) in keywords.into_iter().flatten() {
+        let key: String = key.extract()?;
+        let is_the_answer = key == "devices" || key == "tensor_split";
+        if is_the_answer || !parsed.set(&key, &value)? {
+            let message = format!("place() got an unexpected keyword argument '{key}'");
+            return Err(PyTypeError::new_err(message));
+        }
+    }
+    Ok(parsed)
+}
+
+fn does_not_fit(py: Python<'_>, refusal: &DoesNotFit) -> PyErr {
+    let fields = PyDict::new(py);
+    let free = PyDict::new(py);
+    let filled = refusal
+        .free_bytes_by_gpu
+        .iter()
+        .try_for_each(|(uuid, bytes)| free.set_item(uuid, bytes))
+        .and_then(|()| fields.set_item("required_bytes", refusal.required_bytes))
+        .and_then(|()| fields.set_item("free_bytes_by_gpu", free))
+        .and_then(|()| fields.set_item("smallest_change", refusal.smallest_change.as_deref()));
+    match filled {
+        Ok(()) => raise(py, "DoesNotFitError", &refusal.message, &fields),
+        Err(failure) => failure,
+    }
+}
