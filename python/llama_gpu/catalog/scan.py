@@ -48,6 +48,8 @@ def scan(folders: Iterable[Path], config: Config) -> Catalog:
         item: GgufFile(item.path, header) for item, header in headers.items() if isinstance(header, Header)
     }
     projectors = [file for file in files.values() if file.is_projector]
+    projectors_in = _by_folder(projectors)
+    models_in = _by_folder(file for file in files.values() if not file.is_projector)
     models = [item for item in found if item not in files or not files[item].is_projector]
 
     if not found:
@@ -66,12 +68,9 @@ def scan(folders: Iterable[Path], config: Config) -> Catalog:
             )
         else:
             entry = _entry(item, model_id, header, config)
-            if entry.error is None and entry.options.mmproj == "auto":
-                beside = [
-                    files[other] for other in models if other in files and _neighbours(item.path, other.path)
-                ]
-                near = [file for file in projectors if _neighbours(item.path, file.path)]
-                mmproj, warning = pair(files[item], beside, near)
+            near = projectors_in.get(item.path.parent)
+            if near and entry.error is None and entry.options.mmproj == "auto":
+                mmproj, warning = pair(files[item], models_in[item.path.parent], near)
                 entry = replace(entry, mmproj=mmproj)
                 warnings += [warning] if warning else []
         entries.append(entry)
@@ -131,8 +130,11 @@ def _unusable(path: Path, header: Header, companions: Sequence[object]) -> str |
     return f"{path}: its options name {', '.join(missing)}, which is not there" if missing else None
 
 
-def _neighbours(one: Path, other: Path) -> bool:
-    return one.parent == other.parent
+def _by_folder(files: Iterable[GgufFile]) -> dict[Path, list[GgufFile]]:
+    folders: dict[Path, list[GgufFile]] = {}
+    for file in files:
+        folders.setdefault(file.path.parent, []).append(file)
+    return folders
 
 
 def _ids(found: Sequence[FoundFile]) -> dict[FoundFile, str]:
