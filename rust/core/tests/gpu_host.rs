@@ -6,6 +6,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use llama_gpu_core::gpu::{GpuHealth, Host, Library, Monitor, MonitorOptions};
@@ -23,14 +24,7 @@ impl Machine {
         let root = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
         let _ = fs::remove_dir_all(&root);
         fs::create_dir_all(&root).unwrap();
-        let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/support/fake_nvml");
-        let compiled = Command::new("cc")
-            .args(["-O1", "-shared", "-fPIC", "-o"])
-            .arg(root.join("libnvidia-ml.so.1"))
-            .args([sources.join("nvml.c"), sources.join("state.c")])
-            .status()
-            .unwrap();
-        assert!(compiled.success());
+        fs::copy(compiled(), root.join("libnvidia-ml.so.1")).unwrap();
         Self { root }
     }
 
@@ -77,6 +71,23 @@ impl Machine {
     }
 }
 
+/// The fake driver, compiled once; each copy reads the state file beside it.
+fn compiled() -> &'static Path {
+    static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
+    LIBRARY.get_or_init(|| {
+        let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/support/fake_nvml");
+        let library = Path::new(env!("CARGO_TARGET_TMPDIR")).join("libfake_nvml.so");
+        let done = Command::new("cc")
+            .args(["-O1", "-shared", "-fPIC", "-o"])
+            .arg(&library)
+            .args([sources.join("nvml.c"), sources.join("state.c")])
+            .status()
+            .unwrap();
+        assert!(done.success());
+        library
+    })
+}
+
 fn until(condition: impl Fn() -> bool) {
     let started = std::time::Instant::now();
     while !condition() {
@@ -84,7 +95,7 @@ fn until(condition: impl Fn() -> bool) {
             started.elapsed() < Duration::from_secs(10),
             "it did not come to hold"
         );
-        std::thread::yield_now();
+        std::thread::sleep(Duration::from_millis(1));
     }
 }
 
