@@ -6,6 +6,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -113,3 +114,8 @@ def test_importing_does_not_load_the_driver_library() -> None:
     program = "import llama_gpu; print('nvidia-ml' in open('/proc/self/maps').read())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_whether_process_ids_are_the_hosts_is_read_from_the_pid_namespace() -> None:
+    namespace = Path("/proc/self/ns/pid").readlink().name
+    assert lg.has_host_pids() == (namespace == "pid:[4026531836]")

@@ -30,6 +30,7 @@ __all__ = [
     "Tensor",
     "__version__",
     "estimate",
+    "has_host_pids",
     "place",
     "read_header",
     "snapshot_gpus",
@@ -223,6 +224,13 @@ def snapshot_gpus() -> GpuSnapshot:
     GPUs and says why in ``error``. A GPU that does not answer is in it as ``lost``; a driver that hangs
     is waited for at most 6 seconds. ``LLAMA_GPU_NVML_LIBRARY`` names a library to load in place of the
     driver's ``libnvidia-ml.so.1``. NVML stays open for 10 seconds after the last call.
+    """
+
+def has_host_pids() -> bool:
+    """Whether the process ids in a snapshot mean the processes that have them here.
+
+    The driver tells the host's ids. In a container with a pid namespace of its own they mean other
+    processes, or none: then memory cannot be attributed by them.
     """
 
 @final

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use llama_gpu_core::gpu::{
-    Gpu, GpuHealth, GpuProcess, GpuSnapshot, Library, Monitor, MonitorOptions,
+    Gpu, GpuHealth, GpuProcess, GpuSnapshot, Host, Library, Monitor, MonitorOptions,
 };
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
@@ -367,6 +367,12 @@ impl PyGpuSnapshot {
 #[pyfunction]
 pub(crate) fn snapshot_gpus(py: Python<'_>) -> PyGpuSnapshot {
     PyGpuSnapshot(py.detach(llama_gpu_core::gpu::snapshot_gpus))
+}
+
+/// Whether the process ids in a snapshot mean the processes that have them here.
+#[pyfunction]
+pub(crate) fn has_host_pids() -> bool {
+    Host::default().has_host_pids()
 }
 
 /// A time that a person gave in seconds.

@@ -21,7 +21,7 @@ mod _core {
     use crate::metadata::{PyMetadata, PyMetadataArray};
 
     #[pymodule_export]
-    use crate::gpu::{PyGpu, PyGpuProcess, PyGpuSnapshot, PyMonitor, snapshot_gpus};
+    use crate::gpu::{PyGpu, PyGpuProcess, PyGpuSnapshot, PyMonitor, has_host_pids, snapshot_gpus};
 
     #[pymodule_export]
     use crate::ledger::{PyClaim, PyLease, PyLedger};

@@ -258,3 +258,21 @@ fn nvml_is_closed_when_nobody_asked_for_a_while() {
     });
     assert_eq!(monitor.refresh().snapshot.gpus.len(), 1);
 }
+
+#[test]
+fn only_in_the_first_pid_namespace_are_process_ids_the_drivers() {
+    for (name, inode, expected) in [
+        ("host", 4_026_531_836_u64, true),
+        ("container", 4_026_532_401, false),
+    ] {
+        let machine = Machine::new(name);
+        fs::create_dir_all(machine.root.join("proc/self/ns")).unwrap();
+        std::os::unix::fs::symlink(
+            format!("pid:[{inode}]"),
+            machine.root.join("proc/self/ns/pid"),
+        )
+        .unwrap();
+        assert_eq!(Host::at(&machine.root).has_host_pids(), expected);
+    }
+    assert!(!Host::at("/nowhere").has_host_pids());
+}

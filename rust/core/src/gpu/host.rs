@@ -82,6 +82,19 @@ impl Host {
         Some(memory)
     }
 
+    /// Whether process ids here are those of the host, which are the ones the driver tells.
+    ///
+    /// In a container with a pid namespace of its own they are others, and a match is an accident.
+    pub fn has_host_pids(&self) -> bool {
+        /// The inode of the first pid namespace: `PROC_PID_INIT_INO` in Linux' `proc_ns.h`.
+        const FIRST: &str = "pid:[4026531836]";
+        if cfg!(not(target_os = "linux")) {
+            return true;
+        }
+        fs::read_link(self.root.join("proc/self/ns/pid"))
+            .is_ok_and(|link| link.as_os_str() == FIRST)
+    }
+
     /// Whether the PCI device sleeps: a query would wake it and cost a laptop watts.
     pub(super) fn is_asleep(&self, pci_bus_id: &str) -> bool {
         let Some(address) = sysfs_address(pci_bus_id) else {
