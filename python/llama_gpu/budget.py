@@ -1,0 +1,62 @@
+"""What every GPU has left: ``total - reserved - others' use - our claims``.
+
+Pure arithmetic over one snapshot and the claims of our own servers. A claim counts from the
+decision to load until the memory has come back, so a GPU is never promised twice, whatever
+the driver happens to show in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from llama_gpu import Gpu
+
+__all__ = ["Claim", "available_gpus"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Memory promised to one server.
+
+    ``bytes_by_gpu`` maps GPU UUIDs to bytes: the estimate while the server loads, the measured
+    amount once it is ready. ``pid`` is the server's process, None before it has one;
+    ``settled`` is True once the server is ready and holds what it will hold.
+    """
+
+    bytes_by_gpu: Mapping[str, int] = field(default_factory=dict)
+    pid: int | None = None
+    settled: bool = False
+
+
+def available_gpus(gpus: Sequence[Gpu], claims: Iterable[Claim]) -> list[Gpu]:
+    """Each GPU with ``free_bytes`` set to what may still be claimed (bytes; None stays None)."""
+    claims = list(claims)
+    return [gpu.replace(free_bytes=_available_bytes(gpu, claims)) for gpu in gpus]
+
+
+def _available_bytes(gpu: Gpu, claims: Sequence[Claim]) -> int | None:
+    if gpu.free_bytes is None or gpu.total_bytes is None:
+        return gpu.free_bytes
+    claimed = sum(claim.bytes_by_gpu.get(gpu.uuid, 0) for claim in claims)
+    # What NVML shows as free lacks the driver's reserve and everybody's use, ours included:
+    # give back what ours hold now, then take the whole claims away.
+    free_without_ours = min(gpu.free_bytes + _held_by_ours(gpu, claims), gpu.total_bytes)
+    return max(0, free_without_ours - claimed)
+
+
+def _held_by_ours(gpu: Gpu, claims: Sequence[Claim]) -> int:
+    """Bytes of this GPU that our servers hold at the time of the snapshot."""
+    here = [claim for claim in claims if gpu.uuid in claim.bytes_by_gpu]
+    told = {process.pid: process.used_bytes for process in gpu.processes or ()}
+    held = 0
+    for claim in here:
+        known = None if claim.pid is None else told.get(claim.pid)
+        if known is not None:
+            held += known
+        elif claim.settled:
+            # The driver does not tell per process, or knows other process ids than we (in a
+            # container): a settled server holds its claim. One that still loads counts as
+            # somebody else's until it settles, which errs on the safe side.
+            held += claim.bytes_by_gpu[gpu.uuid]
+    return min(held, gpu.used_bytes or 0)
