@@ -1,0 +1,139 @@
+"""Turns the scheduler's question "where does this model go?" into a call of ``lg.place``.
+
+Without a GPU the answer is always "the CPU" and the placement code is not called at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llama_gpu import Gpu, GpuSnapshot, Placement, Policy, Running, place
+from llama_gpu.budget import Claim, available_gpus
+from llama_gpu.catalog import ModelEntry
+from llama_gpu.config import Config
+from llama_gpu.errors import DoesNotFitError, LlamaGpuError, ServerError
+from llama_gpu.residents import Assignment, ResidentView
+
+__all__ = ["Placing", "memory_options"]
+
+
+class Placing:
+    """A ``Placer`` over the last snapshot; ``entry`` looks a model up in the catalogue."""
+
+    def __init__(self, config: Config, entry: Callable[[str], ModelEntry]) -> None:
+        self._config = config
+        self._entry = entry
+        self.snapshot = GpuSnapshot([])
+
+    @property
+    def on_cpu(self) -> bool:
+        """True where there is no GPU to place anything on."""
+        return not self.snapshot.gpus
+
+    def __call__(
+        self, model: str, residents: Sequence[ResidentView], claims: Sequence[Claim], /
+    ) -> Assignment:
+        """Decide for ``model``.
+
+        Raises:
+            DoesNotFitError: it fits nowhere that its policy allows.
+            LlamaGpuError: its file cannot be used.
+        """
+        if self.on_cpu:
+            why = self.snapshot.error or "there is no GPU"
+            if not self._config.gpu.serves_without_gpu:
+                raise DoesNotFitError(f"{model} may not run on the CPU (gpu.cpu_fallback: false): {why}")
+            return Assignment("cpu", reason="on the CPU")
+        entry = self._entry(model)
+        try:
+            placement = place(
+                entry.header or entry.path,
+                available_gpus(self._allowed_gpus(), claims),
+                policy=self._policy(entry),
+                running=[self._running(resident) for resident in residents],
+                mmproj=entry.mmproj,
+                draft=entry.options.draft,
+                gpu_layers=entry.options.gpu_layers,
+                **memory_options(entry),
+            )
+        except LlamaGpuError:
+            raise
+        except Exception as error:  # a fault of ours must fail this model, not the scheduler
+            raise ServerError(f"placing {model!r} failed: {error!r}", model=model) from error
+        return _assignment(placement)
+
+    def _allowed_gpus(self) -> list[Gpu]:
+        allowed = self._config.gpu.allowed
+        return [
+            gpu
+            for gpu in self.snapshot.gpus
+            if allowed is None or gpu.uuid in allowed or gpu.index in allowed
+        ]
+
+    def _policy(self, entry: ModelEntry) -> Policy:
+        options = entry.options
+        return Policy(
+            strategy=self._config.gpu.strategy,
+            headroom_bytes=int(self._config.gpu.headroom_bytes),
+            max_gpus=options.max_gpus,
+            allowed=options.gpus,
+            cpu=options.cpu or "never",
+            partial=options.partial,
+        )
+
+    def _running(self, resident: ResidentView) -> Running:
+        options = self._entry(resident.model).options
+        return Running(
+            resident.model,
+            bytes_by_gpu=dict(resident.bytes_by_gpu),
+            busy=resident.busy,
+            pinned=options.pinned,
+            idle_seconds=resident.idle_seconds,
+            priority=options.priority,
+            reload_seconds=resident.reload_seconds,
+        )
+
+
+def memory_options(entry: ModelEntry) -> dict[str, Any]:
+    """The options that decide a model's memory, under the names that ``place`` and the launch plan share.
+
+    A context beyond the trained one costs memory and gives nonsense, so it is cut to that.
+    """
+    options = entry.options
+    trained = entry.header.trained_context_length if entry.header else None
+    context = options.context_length
+    if trained and context:
+        context = min(context, trained if options.kv_unified else trained * options.parallel)
+    micro_batch = options.micro_batch
+    if entry.embedding:
+        # llama-server takes a whole input in one micro batch and refuses longer ones.
+        micro_batch = max(micro_batch, options.batch)
+    return {
+        "context_length": context,
+        "parallel": options.parallel,
+        "kv_unified": options.kv_unified,
+        "batch": options.batch,
+        "micro_batch": micro_batch,
+        "flash_attention": options.flash_attention,
+        "cache_type_k": options.cache_type_k,
+        "cache_type_v": options.cache_type_v,
+        "cpu_moe_layers": options.cpu_moe_layers,
+        "kv_offload": options.kv_offload,
+        "swa_full": options.swa_full,
+    }
+
+
+def _assignment(placement: Placement) -> Assignment:
+    devices = placement.devices
+    return Assignment(
+        mode=placement.mode,
+        gpu_uuids=tuple(device.uuid for device in devices),
+        gpu_indices=tuple(device.index for device in devices),
+        bytes_by_gpu={device.uuid: device.total_bytes for device in devices},
+        layers=tuple(device.layers for device in devices),
+        gpu_layers=placement.gpu_layers,
+        tensor_split=tuple(placement.tensor_split) if placement.tensor_split else None,
+        evict=tuple(placement.evict),
+        reason=placement.reason,
+    )

@@ -1,0 +1,368 @@
+"""Carries out what the scheduler decides: owns the servers, the tickets and the clock.
+
+Everything runs on one event loop, so the scheduler needs no lock. One task starts a server
+and one watches it; whoever wants a server holds a ticket and awaits ``acquire``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import aiohttp
+import structlog
+
+from llama_gpu import GpuSnapshot
+from llama_gpu.catalog import Catalog, ModelEntry
+from llama_gpu.config import Config
+from llama_gpu.engine import find_engine
+from llama_gpu.errors import LlamaGpuError, ModelFileError, ServerError
+from llama_gpu.launch import Engine, plan_launch
+from llama_gpu.measured import measured_by_gpu
+from llama_gpu.monitor import GpuMonitor
+from llama_gpu.placing import Placing, memory_options
+from llama_gpu.ports import Ports
+from llama_gpu.residents import Resident
+from llama_gpu.scheduler import Admit, Effect, Limits, Refuse, Scheduler, Start, Stop
+from llama_gpu.server import Server
+
+__all__ = ["ResidentServer", "Supervisor"]
+
+CPU_POOL_SIZE = 4
+"""Residents at most where no GPU memory sets a bound and the configuration names none."""
+
+FRESH_SECONDS = 0.25
+"""How long a decision waits for a fresh snapshot; also the pace while memory comes back."""
+
+_log = structlog.get_logger("llama_gpu")
+
+
+@dataclass(frozen=True)
+class ResidentServer:
+    """What ``/health`` and the metrics may know of one resident model."""
+
+    resident: Resident
+    server: Server | None
+
+
+class Supervisor:
+    """``async with Supervisor(config, catalog)``; ``close`` stops every server."""
+
+    def __init__(self, config: Config, catalog: Catalog, *, rescan: Callable[[], Catalog]) -> None:
+        self.config = config
+        self.catalog = catalog
+        self._rescan = rescan
+        self._placing = Placing(config, self.entry)
+        self.monitor = GpuMonitor(
+            interval_seconds=config.gpu.monitoring_interval,
+            off_reason=_switched_off(config),
+            on_snapshot=self._snapshot_taken,
+        )
+        self.scheduler = Scheduler(
+            self._placing,
+            Limits(
+                queue_size=config.server_pool.queue_size,
+                wait_seconds=config.server_pool.queue_timeout,
+            ),
+            pinned=lambda model: self.entry(model).options.pinned,
+            idle_limit=lambda model: self.entry(model).options.ttl_seconds,
+        )
+        self._servers: dict[str, Server] = {}
+        self._tickets: dict[int, asyncio.Future[Server]] = {}
+        self._numbers = itertools.count(1)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ports = Ports(config.server_pool.bind_host, config.server_pool.port_start)
+        self._stopping: set[str] = set()
+        self._told_mode: tuple[bool, str | None] | None = None
+        self._closing = False
+        self.started_at = int(time.time())
+        self.session: aiohttp.ClientSession
+
+    # -- life --------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        """Open the upstream session, look at the GPUs, start the clock."""
+        self.session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0),
+            timeout=aiohttp.ClientTimeout(
+                total=None, sock_connect=10, sock_read=self.config.server_pool.request_timeout
+            ),
+            auto_decompress=False,
+        )
+        await self.monitor.start()
+        self._snapshot_taken(self.monitor.snapshot)
+        self._spawn(self._tick_for_ever(), "clock")
+        for entry in self.catalog.models:
+            if entry.options.pinned:
+                self._spawn(self._preload(entry.id), f"preload {entry.id}")
+        return self
+
+    async def __aexit__(self, *_exception: object) -> None:
+        """Refuse who still waits, stop every server at once, forget the tasks."""
+        self.refuse_waiting()
+        self.monitor.close()
+        await asyncio.gather(*(server.stop() for server in self._servers.values()), return_exceptions=True)
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.session.close()
+
+    def refuse_waiting(self) -> None:
+        """From now on nobody gets a server: the proxy is about to end."""
+        self._closing = True
+        for future in self._tickets.values():
+            if not future.done():
+                future.set_exception(ServerError("the proxy is shutting down"))
+
+    # -- what requests use -------------------------------------------------------------------
+
+    def entry(self, model: str) -> ModelEntry:
+        """The catalogue's entry of this id; raises ``UnknownModelError``."""
+        return self.catalog.find(model)
+
+    async def look_up(self, name: str) -> ModelEntry:
+        """As ``entry``, but looks at the folders again before it says that there is none."""
+        with contextlib.suppress(LookupError):
+            return self.catalog.find(name)
+        await self.rescan()
+        return self.catalog.find(name)
+
+    async def rescan(self) -> None:
+        """Read the model folders again; running servers are left alone."""
+        self.catalog = await asyncio.to_thread(self._rescan)
+
+    @contextlib.asynccontextmanager
+    async def acquire(self, model: str) -> AsyncIterator[Server]:
+        """Wait until ``model`` is served, hold it busy while inside.
+
+        Raises:
+            LlamaGpuError: it does not fit, the queue is full, or its server would not start.
+        """
+        if self._closing:
+            raise ServerError("the proxy is shutting down", model=model)
+        entry = self.entry(model)
+        if entry.error is not None:
+            raise ModelFileError(entry.error, path=str(entry.path))
+        if model not in self.scheduler.residents:
+            await self._freshen()
+        ticket = next(self._numbers)
+        future: asyncio.Future[Server] = asyncio.get_running_loop().create_future()
+        self._tickets[ticket] = future
+        try:
+            self._decide(lambda now: self.scheduler.request_arrived(ticket, model, now))
+            yield await future
+        finally:
+            del self._tickets[ticket]
+            if future.done() and not future.cancelled():
+                future.exception()  # a refusal that came as the client left is nobody's surprise
+            self._decide(lambda now: self.scheduler.request_ended(ticket, now))
+
+    def unload(self, model: str) -> None:
+        """Stop a model's server as soon as it is idle."""
+        self._decide(lambda now: self.scheduler.unload(model, now))
+
+    def residents(self) -> Mapping[str, ResidentServer]:
+        """Every resident model with its server, if it has one yet."""
+        return {
+            model: ResidentServer(resident, self._servers.get(model))
+            for model, resident in self.scheduler.residents.items()
+        }
+
+    @property
+    def snapshot(self) -> GpuSnapshot:
+        """The last GPU snapshot."""
+        return self.monitor.snapshot
+
+    @property
+    def on_cpu(self) -> bool:
+        """True where there is no GPU to place anything on."""
+        return self._placing.on_cpu
+
+    def monitoring_failures(self) -> list[str]:
+        """Why the GPU figures cannot be trusted now, in words; empty while they can."""
+        age, interval = self.monitor.age_seconds, self.monitor.interval_seconds
+        if age > 3 * interval + FRESH_SECONDS:
+            return [f"GPU monitoring has not answered for {age:.0f} s; the figures are that old"]
+        return []
+
+    # -- events in, effects out --------------------------------------------------------------
+
+    def _decide(self, event: Callable[[float], list[Effect]]) -> None:
+        began = time.perf_counter_ns()
+        effects = event(time.monotonic())
+        microseconds = (time.perf_counter_ns() - began) / 1000
+        for effect in effects:
+            self._carry_out(effect, microseconds)
+
+    def _carry_out(self, effect: Effect, microseconds: float) -> None:
+        match effect:
+            case Start(model, assignment):
+                _log.info(f"load {model}: {assignment.reason}", decided_us=round(microseconds))
+                self._spawn(self._run_server(effect), f"server of {model}")
+            case Stop(model, reason):
+                _log.info(f"unload {model}: {reason}", decided_us=round(microseconds))
+                self._spawn(self._stop_server(model), f"stop {model}")
+            case Admit(ticket, model):
+                future = self._tickets.get(ticket)
+                if future is not None and not future.done():
+                    future.set_result(self._servers[model])
+            case Refuse(ticket, error):
+                _log.info(f"refuse: {error}", decided_us=round(microseconds))
+                future = self._tickets.get(ticket)
+                if future is not None and not future.done():
+                    future.set_exception(error)
+
+    async def _run_server(self, start: Start) -> None:
+        model = start.model
+        resident = self.scheduler.residents.get(model)
+        try:
+            server = await self._new_server(start)
+            if self.scheduler.residents.get(model) is not resident or model in self._stopping:
+                return  # it was told to leave before there was anything to stop
+            self._servers[model] = server
+            await server.start()
+        except LlamaGpuError as failure:
+            self._start_failed(model, failure)
+            return
+        seconds = server.started_seconds or 0.0
+        _log.info(f"{model} is ready after {seconds:.2f} s", pid=server.pid, port=server.port)
+        if server.pid is not None:
+            self.scheduler.server_started(model, server.pid)
+        await self._freshen()
+        estimated = start.assignment.bytes_by_gpu
+        measured = measured_by_gpu(self.snapshot.gpus, server.pid, estimated, server.buffers)
+        self._decide(lambda now: self.scheduler.server_ready(model, now, measured_by_gpu=measured))
+        await server.wait_exited()
+        await self._exited(model, server)
+
+    def _start_failed(self, model: str, failure: LlamaGpuError) -> None:
+        if model in self._stopping:
+            return  # it was stopped on purpose: _stop_server reports that
+        self._servers.pop(model, None)
+        _log.error(f"{model} did not start: {failure}")
+        self._decide(lambda now: self.scheduler.server_failed(model, failure, now))
+
+    async def _exited(self, model: str, server: Server) -> None:
+        if model in self._stopping or self._closing:
+            return
+        _log.error(f"the server of {model} ended by itself with exit code {server.exit_code}")
+        self._servers.pop(model, None)
+        await self._freshen()
+        self._decide(lambda now: self.scheduler.server_exited(model, now))
+
+    async def _stop_server(self, model: str) -> None:
+        self._stopping.add(model)
+        try:
+            if server := self._servers.get(model):
+                await server.stop()
+                self._servers.pop(model, None)
+            await self._freshen()
+        finally:
+            self._stopping.discard(model)
+        self._decide(lambda now: self.scheduler.server_stopped(model, now))
+
+    async def _new_server(self, start: Start) -> Server:
+        entry, assignment, pool = self.entry(start.model), start.assignment, self.config.server_pool
+        plan = plan_launch(
+            engine=await self.engine(),
+            model_path=entry.path,
+            alias=entry.id,
+            api_key=secrets.token_urlsafe(24),
+            gpu_uuids=assignment.gpu_uuids,
+            gpu_layers=assignment.gpu_layers,
+            tensor_split=assignment.tensor_split or (),
+            embeddings=entry.embedding,
+            mmproj=entry.mmproj,
+            draft=entry.options.draft,
+            threads=entry.options.threads,
+            extra_arguments=entry.options.extra_arguments,
+            host=pool.bind_host,
+            **memory_options(entry),
+        )
+        return Server(
+            plan,
+            model=start.model,
+            http=self.session,
+            ports=self._ports,
+            start_timeout_seconds=entry.options.start_timeout_seconds or pool.health_timeout,
+            stop_grace_seconds=pool.stop_timeout,
+            on_log=structlog.get_logger("llama_gpu.engine").bind(model=start.model).debug,
+        )
+
+    async def engine(self) -> Engine:
+        """The engine, looked for anew each time, so that installing one helps at once.
+
+        Raises:
+            ConfigError: there is none, with the way to get one.
+        """
+        wanted = self.config.engine
+        return await asyncio.to_thread(find_engine, wanted.path, kind=wanted.kind)
+
+    async def _preload(self, model: str) -> None:
+        try:
+            async with self.acquire(model):
+                pass
+        except LlamaGpuError as error:
+            _log.error(f"{model} is pinned but cannot be loaded: {error}")
+
+    # -- GPUs and time -----------------------------------------------------------------------
+
+    def _snapshot_taken(self, snapshot: GpuSnapshot) -> None:
+        self._placing.snapshot = snapshot
+        pool = self.config.server_pool.size
+        size = pool if pool is not None else CPU_POOL_SIZE if self.on_cpu else None
+        self.scheduler.set_pool_size(size)
+        self._tell_mode(snapshot)
+        lost = [gpu.uuid for gpu in snapshot.gpus if gpu.health == "lost"]
+        if lost:
+            self._decide(lambda now: self.scheduler.gpu_lost(lost, now, reason="its GPU is lost"))
+
+    def _tell_mode(self, snapshot: GpuSnapshot) -> None:
+        """One warning when the machine turns out to have no GPU, one line when it has."""
+        told = (self.on_cpu, snapshot.error)
+        if told == self._told_mode:
+            return
+        self._told_mode = told
+        if self.on_cpu:
+            _log.warning(f"serving on the CPU: {snapshot.error or 'there is no GPU'}")
+        else:
+            names = ", ".join(f"GPU {gpu.index} {gpu.name or gpu.uuid}" for gpu in snapshot.gpus)
+            _log.info(f"serving on {names}")
+
+    async def _freshen(self) -> None:
+        """Decide on the memory of this moment, or, where the driver dawdles, on the last known."""
+        if not self.on_cpu:
+            await self.monitor.refresh(timeout_seconds=FRESH_SECONDS)
+
+    async def _tick_for_ever(self) -> None:
+        """Deadlines, idle unloading, and memory that comes back late."""
+        while True:
+            waiting = self.scheduler.waiting_count() > 0
+            await asyncio.sleep(FRESH_SECONDS if waiting else 1.0)
+            if waiting:
+                await self._freshen()
+            self._decide(self.scheduler.memory_changed)
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error(f"{task.get_name()} failed: {error!r}", exc_info=error)
+
+
+def _switched_off(config: Config) -> str | None:
+    if not config.gpu.enabled:
+        return "GPU support is switched off (gpu.enabled: false)"
+    if not config.gpu.enable_gpu_monitoring:
+        return "GPU monitoring is switched off (gpu.enable_gpu_monitoring: false)"
+    return None
