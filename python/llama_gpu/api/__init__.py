@@ -1,0 +1,1 @@
+"""The HTTP face: ``app`` (routes), ``health`` (the contract), ``run`` (the process)."""
