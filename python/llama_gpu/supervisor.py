@@ -25,7 +25,7 @@ from llama_gpu.engine import find_engine
 from llama_gpu.errors import LlamaGpuError, ModelFileError, ServerError
 from llama_gpu.launch import Engine, plan_launch
 from llama_gpu.measured import measured_by_gpu
-from llama_gpu.monitor import GpuMonitor
+from llama_gpu.monitor import REFRESH_TIMEOUT_SECONDS, GpuMonitor
 from llama_gpu.placing import Placing, memory_options
 from llama_gpu.ports import Ports
 from llama_gpu.residents import Resident
@@ -187,7 +187,8 @@ class Supervisor:
     def monitoring_failures(self) -> list[str]:
         """Why the GPU figures cannot be trusted now, in words; empty while they can."""
         age, interval = self.monitor.age_seconds, self.monitor.interval_seconds
-        if age > 3 * interval + FRESH_SECONDS:
+        # Where there is no driver the monitor looks for one ever more rarely: nothing has failed.
+        if self.snapshot.gpus and age > 3 * interval + REFRESH_TIMEOUT_SECONDS:
             return [f"GPU monitoring has not answered for {age:.0f} s; the figures are that old"]
         return []
 
