@@ -1,8 +1,8 @@
 //! Bytes of the compute buffers.
 //!
-//! The closed form below covers every architecture: the logits, the widest
-//! feed-forward step, the attention scores without flash attention, and the inputs,
-//! which pipeline parallelism keeps four times.
+//! [`graph`](super::graph) plans llama.cpp's own graph. Where it knows no graph, the closed
+//! form below stands in: the logits, the widest feed-forward step, the attention scores
+//! without flash attention, and the inputs, which pipeline parallelism keeps four times.
 
 use super::context::window_cells;
 use super::layout::Layout;
@@ -25,6 +25,16 @@ pub(super) struct ComputeBytes {
 }
 
 pub(super) fn compute_bytes(
+    facts: &ModelFacts,
+    options: &EstimateOptions,
+    resolved: &Resolved,
+    layout: &Layout,
+) -> ComputeBytes {
+    super::graph::compute_bytes(facts, options, resolved, layout)
+        .unwrap_or_else(|| closed_form(facts, options, resolved, layout))
+}
+
+fn closed_form(
     facts: &ModelFacts,
     options: &EstimateOptions,
     resolved: &Resolved,

@@ -8,6 +8,7 @@ mod companions;
 mod compute;
 mod context;
 mod error;
+pub(crate) mod graph;
 mod layout;
 mod options;
 mod overhead;

@@ -18,6 +18,7 @@ pub use hyperparameters::Hyperparameters;
 pub use weights::{Footprint, LayerWeights, SharedTensor, WeightFacts};
 
 use crate::estimate::EstimateError;
+use crate::estimate::graph::GraphModel;
 use crate::gguf::Header;
 
 /// What an estimate needs to know of a model; made once per header.
@@ -29,6 +30,8 @@ pub struct ModelFacts {
     pub cache: Vec<Vec<CacheTensor>>,
     /// Bytes of the tensors, grouped by where they go.
     pub weights: WeightFacts,
+    /// What compute graphs are built from.
+    pub(crate) graph: GraphModel,
 }
 
 impl ModelFacts {
@@ -41,10 +44,12 @@ impl ModelFacts {
         let hyperparameters = Hyperparameters::from_header(header)?;
         let cache = cache::plan(&hyperparameters);
         let weights = WeightFacts::from_header(header, &hyperparameters)?;
+        let graph = GraphModel::from_header(header, hyperparameters.layer_count());
         Ok(Self {
             hyperparameters,
             cache,
             weights,
+            graph,
         })
     }
 

@@ -284,6 +284,12 @@ fn use_of(stem: &str, suffix: &str) -> Use {
     }
 }
 
+/// Whether the host keeps this tensor repacked, so that no device can take over its operations.
+pub(crate) fn repacks(tensor: &TensorInfo) -> bool {
+    let (stem, suffix) = split_suffix(&tensor.name);
+    is_repacked(tensor, use_of(stem, suffix))
+}
+
 /// Whether an x86 CPU with AMX and AVX2 keeps the tensor in a repacked buffer
 /// (`supports_op` of ggml-cpu/amx/amx.cpp and ggml-cpu/repack.cpp).
 fn is_repacked(tensor: &TensorInfo, use_: Use) -> bool {

@@ -1,0 +1,646 @@
+//! The pieces that all model graphs share: weights, inputs, norms, projections (`llama-graph.cpp`).
+
+use crate::gguf::GgmlType;
+use crate::model::Hyperparameters;
+
+use super::model::{GraphModel, Weight, hash_more, name_hash};
+use super::ops::Graph;
+use super::reserve::{Batch, owns_cache};
+use super::tensor::{Storage, TensorId};
+
+/// Where a weight belongs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Belongs {
+    /// The host, as everything before the first layer.
+    Input,
+    /// The device of the output layer.
+    Output,
+    /// The device of a layer.
+    Layer(usize),
+}
+
+/// Layer norm, with or without the mean.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Norm {
+    Layer,
+    Rms,
+}
+
+/// How a feed-forward block combines gate and up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Activation {
+    /// Gate and up go through one operation (silu, gelu and relu with a parallel gate).
+    Gated,
+    /// One activation of `up` alone.
+    Plain,
+    /// relu and sqr, two operations.
+    Squared,
+    /// Gate and up are the halves of one tensor (swiglu, geglu).
+    Halves,
+    /// A gated silu whose parts are clamped first.
+    Clamped,
+}
+
+/// A model's graph while it is built.
+pub(super) struct Builder<'a> {
+    pub(super) g: &'a mut Graph,
+    pub(super) model: &'a GraphModel,
+    pub(super) hyper: &'a Hyperparameters,
+    pub(super) batch: &'a Batch<'a>,
+    pub(super) n_embd: i64,
+    pub(super) n_tokens: i64,
+    pub(super) n_seqs: i64,
+    /// The layer that [`weight`](Self::weight) looks into.
+    il: usize,
+    /// Weights of the current layer and of no layer that are in the graph already.
+    known: Vec<(u64, TensorId)>,
+    known_shared: Vec<(u64, TensorId)>,
+    /// Operations between the raw scores and the softmax without flash attention (soft capping).
+    pub(super) score_unaries: u8,
+}
+
+/// Architectures that pass `ffn_*_exps_s` to `build_moe_ffn`.
+const EXPERT_SCALES: &[&str] = &[
+    "cohere2moe",
+    "deepseek32",
+    "dots3note",
+    "gemma4",
+    "glm-dsa",
+    "hy_v3",
+    "llama",
+    "mellum",
+    "mistral3",
+    "nemotron_h",
+    "nemotron_h_moe",
+    "qwen35moe",
+    "qwen3moe",
+    "qwen3next",
+    "qwen4exp",
+];
+
+/// Architectures that pass `ffn_*_s` to `build_ffn`.
+const FEED_FORWARD_SCALES: &[&str] = &[
+    "bitnet",
+    "cohere2",
+    "cohere2moe",
+    "gemma4",
+    "llama",
+    "mistral3",
+    "qwen3",
+    "qwen35",
+    "talkie",
+];
+
+pub(super) const NONE: TensorId = TensorId::NONE;
+
+impl<'a> Builder<'a> {
+    pub(super) fn new(
+        g: &'a mut Graph,
+        model: &'a GraphModel,
+        hyper: &'a Hyperparameters,
+        batch: &'a Batch<'a>,
+    ) -> Self {
+        Self {
+            g,
+            model,
+            hyper,
+            batch,
+            n_embd: i64::from(hyper.embedding_length),
+            n_tokens: batch.tokens,
+            n_seqs: batch.sequences,
+            il: 0,
+            known: Vec::new(),
+            known_shared: Vec::new(),
+            score_unaries: 0,
+        }
+    }
+
+    // layers
+
+    /// Makes `il` the layer whose weights are looked up.
+    pub(super) fn enter(&mut self, il: usize) {
+        self.il = il;
+        self.known.clear();
+        self.g.mark();
+    }
+
+    pub(super) fn layer(&self) -> usize {
+        self.il
+    }
+
+    pub(super) fn trunk(&self) -> usize {
+        self.hyper.trunk_layers() as usize
+    }
+
+    /// The layers to build: of those that repeat only some (see [`repeats`](super::repeats)).
+    pub(super) fn layers(&mut self) -> Vec<usize> {
+        self.layers_by(|_| 0)
+    }
+
+    /// The same where layers differ in more than their tensors; `mark` tells those apart.
+    pub(super) fn layers_by(&mut self, mark: impl Fn(usize) -> u64) -> Vec<usize> {
+        let hyper = self.hyper;
+        let per_layer = |list: &[u32], il: usize| list.get(il).map_or(0, |n| u64::from(*n));
+        let kinds: Vec<u64> = (0..self.trunk())
+            .map(|il| {
+                let number = il as u32;
+                let flags = [
+                    hyper.is_sliding(number),
+                    hyper.is_recurrent(number),
+                    owns_cache(hyper, number),
+                    il < self.batch.host_expert_layers,
+                ];
+                let flags = flags
+                    .iter()
+                    .fold(0, |bits, flag| bits * 2 + u64::from(*flag));
+                [
+                    self.model.kind(il) as u64,
+                    u64::from(self.batch.layer_backend(il)),
+                    flags,
+                    per_layer(&hyper.heads, il),
+                    per_layer(&hyper.kv_heads, il),
+                    per_layer(&hyper.experts_used, il),
+                    mark(il),
+                ]
+                .iter()
+                .fold(0, |hash: u64, n| {
+                    (hash.rotate_left(5) ^ n).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+                })
+            })
+            .collect();
+        if self.batch.every_layer {
+            return (0..kinds.len()).collect();
+        }
+        let (built, repeats) = super::repeats::representatives(&kinds);
+        self.g.repeats = repeats;
+        built
+    }
+
+    pub(super) fn is_last(&self) -> bool {
+        self.il + 1 == self.trunk()
+    }
+
+    pub(super) fn heads(&self) -> i64 {
+        self.hyper.heads.get(self.il).map_or(0, |n| i64::from(*n))
+    }
+
+    pub(super) fn kv_heads(&self) -> i64 {
+        self.hyper
+            .kv_heads
+            .get(self.il)
+            .map_or(0, |n| i64::from(*n))
+    }
+
+    pub(super) fn key_length(&self) -> i64 {
+        i64::from(self.hyper.key_length_of(self.il as u32))
+    }
+
+    pub(super) fn value_length(&self) -> i64 {
+        i64::from(self.hyper.value_length_of(self.il as u32))
+    }
+
+    pub(super) fn slides(&self) -> bool {
+        self.hyper.is_sliding(self.il as u32)
+    }
+
+    pub(super) fn experts_used(&self) -> i64 {
+        self.hyper
+            .experts_used
+            .get(self.il)
+            .map_or(0, |n| i64::from(*n))
+    }
+
+    pub(super) fn number(&self, key: &str, default: i64) -> i64 {
+        self.model.number(key, default)
+    }
+
+    // weights
+
+    fn store(&mut self, weight: Weight, belongs: Belongs, on_host: bool) -> TensorId {
+        let backend = match belongs {
+            _ if on_host => self.batch.cpu(),
+            Belongs::Input => self.batch.cpu(),
+            Belongs::Output => self.batch.output_backend(),
+            Belongs::Layer(il) => self.batch.layer_backend(il),
+        };
+        let repacked = weight.repacked && backend == self.batch.cpu();
+        let storage = if repacked {
+            Storage::Repacked(backend)
+        } else {
+            Storage::Weights(backend)
+        };
+        self.g.stored(weight.element, weight.ne, storage)
+    }
+
+    fn layer_tensor(&mut self, name: &str, suffix: &str) -> TensorId {
+        let hash = hash_more(name_hash(name), suffix);
+        if let Some((_, id)) = self.known.iter().find(|(name, _)| *name == hash) {
+            return *id;
+        }
+        let found = self
+            .model
+            .layer(self.il)
+            .and_then(|layer| super::model::find(&layer.weights, hash))
+            .copied();
+        let on_host = self.il < self.batch.host_expert_layers && is_expert(name);
+        let id = found.map_or(NONE, |weight| {
+            self.store(weight, Belongs::Layer(self.il), on_host)
+        });
+        self.known.push((hash, id));
+        id
+    }
+
+    /// The current layer's `NAME.weight`, or none.
+    pub(super) fn weight(&mut self, name: &str) -> TensorId {
+        self.layer_tensor(name, ".weight")
+    }
+
+    /// The current layer's `NAME.bias`, or none.
+    pub(super) fn bias(&mut self, name: &str) -> TensorId {
+        self.layer_tensor(name, ".bias")
+    }
+
+    /// The current layer's tensor of exactly this name, or none.
+    pub(super) fn exact(&mut self, name: &str) -> TensorId {
+        self.layer_tensor(name, "")
+    }
+
+    /// The current layer's `NAME.scale`, or none.
+    pub(super) fn scale(&mut self, name: &str) -> TensorId {
+        self.layer_tensor(name, ".scale")
+    }
+
+    /// Whether this architecture's graph multiplies by the scale of this weight, should the file hold one.
+    pub(super) fn applies_scale(&self, name: &str) -> bool {
+        let listed = |list: &[&str]| list.contains(&self.model.architecture());
+        self.model.has_scales()
+            && if name.contains("exps") {
+                listed(EXPERT_SCALES)
+            } else if name.contains("shexp") {
+                listed(EXPERT_SCALES)
+                    && !listed(&["llama", "mellum", "mistral3", "gemma4", "qwen3moe"])
+            } else {
+                !name.starts_with("ffn_") || listed(FEED_FORWARD_SCALES)
+            }
+    }
+
+    pub(super) fn has(&mut self, name: &str) -> bool {
+        let hash = hash_more(name_hash(name), ".weight");
+        self.model
+            .layer(self.il)
+            .is_some_and(|layer| super::model::find(&layer.weights, hash).is_some())
+    }
+
+    fn shared(&mut self, name: &str, belongs: Belongs) -> TensorId {
+        let place = match belongs {
+            Belongs::Input => u64::MAX,
+            Belongs::Output => u64::MAX - 1,
+            Belongs::Layer(il) => il as u64,
+        };
+        let hash = name_hash(name) ^ place;
+        if let Some((_, id)) = self.known_shared.iter().find(|(known, _)| *known == hash) {
+            return *id;
+        }
+        let id = self
+            .model
+            .shared(name)
+            .map_or(NONE, |weight| self.store(weight, belongs, false));
+        self.known_shared.push((hash, id));
+        id
+    }
+
+    /// A tensor of the input, on the host.
+    pub(super) fn input_weight(&mut self, name: &str) -> TensorId {
+        self.shared(name, Belongs::Input)
+    }
+
+    /// A tensor of the output layer.
+    pub(super) fn output_weight(&mut self, name: &str) -> TensorId {
+        self.shared(name, Belongs::Output)
+    }
+
+    /// A tensor outside the layers that is used with the first one (`LLM_TENSOR_LAYER_REPEATING` without a number).
+    pub(super) fn first_weight(&mut self, name: &str) -> TensorId {
+        self.shared(name, Belongs::Layer(0))
+    }
+
+    /// A tensor that is named once and kept beside every layer.
+    pub(super) fn layer_shared(&mut self, name: &str) -> TensorId {
+        self.shared(name, Belongs::Layer(self.il))
+    }
+
+    /// The output matrix, or a copy of the embeddings where they are tied.
+    pub(super) fn head_weight(&mut self) -> TensorId {
+        let output = self.output_weight("output.weight");
+        if output.is_some() {
+            output
+        } else {
+            self.output_weight("token_embd.weight")
+        }
+    }
+
+    /// `llama_model::get_rope_factors`.
+    pub(super) fn rope_factors(&mut self) -> TensorId {
+        let own = self.layer_shared("rope_freqs.weight");
+        if own.is_some() {
+            return own;
+        }
+        let own = self.weight("rope_freqs");
+        if own.is_some() {
+            return own;
+        }
+        let trained = self.number(
+            "rope.scaling.original_context_length",
+            i64::from(self.hyper.trained_context_length),
+        );
+        let name = if self.batch.context_per_sequence > trained {
+            "rope_factors_long.weight"
+        } else {
+            "rope_factors_short.weight"
+        };
+        self.layer_shared(name)
+    }
+
+    // inputs
+
+    /// `build_inp_embd`, before any scaling.
+    pub(super) fn embeddings(&mut self) -> TensorId {
+        let n_embd = self.n_embd;
+        self.embeddings_of(n_embd)
+    }
+
+    /// `build_inp_embd` where the input carries more than one embedding per token (deep stacks).
+    pub(super) fn embeddings_of(&mut self, width: i64) -> TensorId {
+        let tokens = self.g.input(GgmlType::I32, [self.n_tokens, 1, 1, 1]);
+        let vectors = self.g.input(GgmlType::F32, [width, self.n_tokens, 1, 1]);
+        let table = self.input_weight("token_embd.weight");
+        let mut cur = self.g.get_rows(table, tokens);
+        if width != self.n_embd {
+            cur = self.g.pad(cur, [width - self.n_embd, 0, 0, 0]);
+        }
+        self.g.expand(cur);
+        self.g.expand(vectors);
+        if width != self.n_embd {
+            let stride = self.g.nb(cur)[1];
+            cur = self.g.view_2d(cur, self.n_embd, self.n_tokens, stride);
+        }
+        if self.scales_embeddings() {
+            cur = self.g.unary(cur);
+        }
+        self.g.expand(cur);
+        cur
+    }
+
+    /// `f_embedding_scale != 0`: only these architectures read the key.
+    fn scales_embeddings(&self) -> bool {
+        let default = match self.model.architecture() {
+            "minicpm" => 12.0,
+            "grok" => 78.4,
+            "granite" | "granitemoe" | "granitehybrid" | "granite_swa" | "hrm_text" => 0.0,
+            _ => return false,
+        };
+        self.model.float("embedding_scale").unwrap_or(default) != 0.0
+    }
+
+    /// `build_inp_pos`; multi-dimensional positions (M-RoPE) take four numbers per token (`llama_model_rope_type`).
+    pub(super) fn positions(&mut self) -> TensorId {
+        let sections = self
+            .model
+            .array("rope.dimension_sections")
+            .unwrap_or_default();
+        let in_use = matches!(sections, [first, second, ..] if *first > 0.0 && *second > 0.0);
+        let wide = match self.model.architecture() {
+            "qwen2vl" | "paddleocr" | "qwen3vl" | "qwen3vlmoe" | "qwen35" | "qwen35moe"
+            | "qwen4exp" | "qwen3tts" => true,
+            "glm4" | "glm4moe" | "hunyuan_vl" => in_use,
+            _ => false,
+        };
+        self.g.input(
+            GgmlType::I32,
+            [self.n_tokens * if wide { 4 } else { 1 }, 1, 1, 1],
+        )
+    }
+
+    /// `build_inp_attn_scale`.
+    pub(super) fn attention_scale(&mut self) -> TensorId {
+        self.g.input(GgmlType::F32, [1, 1, self.n_tokens, 1])
+    }
+
+    pub(super) fn output_ids(&mut self) -> TensorId {
+        self.g.input(GgmlType::I32, [self.batch.outputs, 1, 1, 1])
+    }
+
+    // norms and projections
+
+    pub(super) fn norm(&mut self, cur: TensorId, name: &str, kind: Norm) -> TensorId {
+        let (weight, bias) = (self.weight(name), self.bias(name));
+        self.norm_with(cur, weight, bias, kind)
+    }
+
+    pub(super) fn rms(&mut self, cur: TensorId, name: &str) -> TensorId {
+        self.norm(cur, name, Norm::Rms)
+    }
+
+    pub(super) fn norm_with(
+        &mut self,
+        cur: TensorId,
+        weight: TensorId,
+        bias: TensorId,
+        kind: Norm,
+    ) -> TensorId {
+        let mut cur = match kind {
+            Norm::Layer => self.g.norm(cur),
+            Norm::Rms => self.g.rms_norm(cur),
+        };
+        if weight.is_some() {
+            cur = self.g.mul(cur, weight);
+        }
+        if bias.is_some() {
+            cur = self.g.add(cur, bias);
+        }
+        cur
+    }
+
+    pub(super) fn output_norm(&mut self, cur: TensorId, kind: Norm) -> TensorId {
+        let (weight, bias) = (
+            self.output_weight("output_norm.weight"),
+            self.output_weight("output_norm.bias"),
+        );
+        self.norm_with(cur, weight, bias, kind)
+    }
+
+    /// `build_lora_mm`: a projection and, where the model has one, its scale.
+    pub(super) fn project(&mut self, name: &str, cur: TensorId) -> TensorId {
+        let weight = self.weight(name);
+        let mut out = self.g.mul_mat(weight, cur);
+        if self.applies_scale(name) {
+            let scale = self.scale(name);
+            if scale.is_some() {
+                out = self.g.mul(out, scale);
+            }
+        }
+        out
+    }
+
+    /// A projection with its bias, if there is one.
+    pub(super) fn project_biased(&mut self, name: &str, cur: TensorId) -> TensorId {
+        let out = self.project(name, cur);
+        let bias = self.bias(name);
+        if bias.is_some() {
+            self.g.add(out, bias)
+        } else {
+            out
+        }
+    }
+
+    pub(super) fn rope(&mut self, cur: TensorId, positions: TensorId) -> TensorId {
+        self.g.rope(cur, positions, NONE)
+    }
+
+    /// `build_qkv`: query, keys and values per head, from one projection or three.
+    pub(super) fn qkv(&mut self, cur: TensorId) -> [TensorId; 3] {
+        let (k, v) = (self.key_length(), self.value_length());
+        let (heads, kv_heads) = (self.heads(), self.kv_heads());
+        self.qkv_sized(cur, [k, heads], [k, kv_heads], [v, kv_heads])
+    }
+
+    /// `build_qkv` with sizes: `[head length, heads]` of each.
+    pub(super) fn qkv_sized(
+        &mut self,
+        cur: TensorId,
+        q: [i64; 2],
+        k: [i64; 2],
+        v: [i64; 2],
+    ) -> [TensorId; 3] {
+        let clamps = self.model.float("attention.clamp_kqv").unwrap_or(0.0) > 0.0;
+        let n_tokens = self.n_tokens;
+        if self.has("attn_qkv") {
+            let mut qkv = self.project_biased("attn_qkv", cur);
+            if clamps {
+                qkv = self.g.unary(qkv);
+            }
+            let stride = self.g.nb(qkv)[1];
+            return [q, k, v].map(|[length, heads]| {
+                self.g
+                    .view_3d(qkv, [length, heads, n_tokens], [length * 4, stride])
+            });
+        }
+        let mut parts = [("attn_q", q), ("attn_k", k), ("attn_v", v)].map(|(name, shape)| {
+            let mut part = self.project_biased(name, cur);
+            if clamps {
+                part = self.g.unary(part);
+            }
+            (part, shape)
+        });
+        for (part, [length, heads]) in &mut parts {
+            *part = self.g.reshape_3d(*part, *length, *heads, n_tokens);
+        }
+        parts.map(|(part, _)| part)
+    }
+
+    /// `build_qkv` without telling heads apart.
+    pub(super) fn qkv_flat(&mut self, cur: TensorId) -> [TensorId; 3] {
+        let sizes = [
+            self.key_length() * self.heads(),
+            self.key_length() * self.kv_heads(),
+            self.value_length() * self.kv_heads(),
+        ];
+        if self.has("attn_qkv") {
+            let qkv = self.project_biased("attn_qkv", cur);
+            let stride = self.g.nb(qkv)[1];
+            let n_tokens = self.n_tokens;
+            return sizes.map(|size| {
+                let part = self.g.view_2d(qkv, size, n_tokens, stride);
+                self.g.cont(part)
+            });
+        }
+        ["attn_q", "attn_k", "attn_v"].map(|name| self.project_biased(name, cur))
+    }
+
+    /// `build_ffn` on the layer's `ffn_up`, `ffn_gate` and `ffn_down`.
+    pub(super) fn ffn(&mut self, cur: TensorId, activation: Activation) -> TensorId {
+        self.ffn_named(cur, ["ffn_up", "ffn_gate", "ffn_down"], activation)
+    }
+
+    /// `build_ffn` on weights by name; a gate that the layer lacks is left out.
+    pub(super) fn ffn_named(
+        &mut self,
+        cur: TensorId,
+        [up, gate, down]: [&str; 3],
+        activation: Activation,
+    ) -> TensorId {
+        let has_gate = self.has(gate);
+        let raised = if self.has(up) {
+            self.project_biased(up, cur)
+        } else {
+            cur
+        };
+        let gated = if has_gate {
+            self.project_biased(gate, cur)
+        } else {
+            raised
+        };
+        let mut cur = match activation {
+            Activation::Gated if has_gate => self.g.glu(gated, raised),
+            Activation::Clamped => {
+                let raised = self.g.unary(raised);
+                let gated = self.g.unary(gated);
+                let gated = self.g.unary(gated);
+                self.g.mul(gated, raised)
+            }
+            Activation::Gated | Activation::Plain => self.g.unary(gated),
+            Activation::Squared => {
+                let cur = self.g.unary(gated);
+                self.g.unary(cur)
+            }
+            Activation::Halves => self.g.glu_halves(gated),
+        };
+        if has_gate && matches!(activation, Activation::Plain | Activation::Squared) {
+            cur = self.g.mul(cur, raised);
+        }
+        if self.has(down) {
+            self.project_biased(down, cur)
+        } else {
+            cur
+        }
+    }
+
+    /// Only the rows that give logits go on; in the last layer.
+    pub(super) fn pick_outputs(&mut self, tensors: [&mut TensorId; 2], ids: TensorId) {
+        for tensor in tensors {
+            *tensor = self.g.get_rows(*tensor, ids);
+        }
+    }
+
+    /// The output matrix and what is done to the logits; `cur` and they are outputs (`llm_graph_result::set_outputs`).
+    pub(super) fn finish(&mut self, cur: TensorId, unaries: u8) {
+        self.g.set_output(cur);
+        let mut out = self.logits(cur);
+        for _ in 0..unaries {
+            out = self.g.unary(out);
+        }
+        self.g.set_output(out);
+        self.g.expand(out);
+    }
+
+    fn logits(&mut self, cur: TensorId) -> TensorId {
+        let head = self.head_weight();
+        let cur = self.g.mul_mat(head, cur);
+        let bias = self.output_weight("output.bias");
+        if bias.is_some() {
+            self.g.add(cur, bias)
+        } else {
+            cur
+        }
+    }
+}
+
+/// The weights that `--cpu-moe` keeps on the host: `ffn_(up|down|gate|gate_up)_(ch|)exps` (`LLM_FFN_EXPS_REGEX`).
+fn is_expert(name: &str) -> bool {
+    name.strip_prefix("ffn_").is_some_and(|rest| {
+        ["up_", "down_", "gate_", "gate_up_"].iter().any(|part| {
+            rest.strip_prefix(part)
+                .is_some_and(|rest| rest == "exps" || rest == "chexps")
+        })
+    })
+}

@@ -1,0 +1,570 @@
+//! Transformers with one attention and one feed-forward block per layer: what they have in common, and a [`Decoder`] for how they
+//! differ. The descriptions themselves are in [`describe`](super::describe).
+
+use super::super::attention::{AttentionInput, Extras};
+use super::super::builder::{Activation, Builder, NONE, Norm};
+use super::super::experts::{ExpertActivation, Gating};
+use super::super::tensor::TensorId;
+
+/// What happens to the embeddings before the first layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Embedding {
+    Plain,
+    Scaled,
+    /// A norm, with `token_embd_norm` where the model has one.
+    Normed(Norm),
+    /// Learned positions are added.
+    Positions,
+}
+
+/// Which layers turn queries and keys by position.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Rotary {
+    Always,
+    Never,
+    /// Only layers with a sliding window.
+    Sliding,
+    /// The same; all layers where nothing slides.
+    SlidingIfAny,
+    /// Sliding layers and the leading dense ones.
+    SlidingOrLead,
+    /// All but every n-th.
+    NotEvery(usize),
+    /// All but the first of n, or all where nothing slides.
+    NotFirstOf(usize),
+}
+
+/// Norms of queries and keys; which of them exist the model's tensors tell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum HeadNorms {
+    /// Per head, before the rotation.
+    Before(Norm),
+    /// Per head, after the rotation.
+    After(Norm),
+    /// After the rotation, without weights for what has none.
+    AfterAlways,
+    /// Over all heads at once, before they are told apart.
+    Whole(Norm),
+}
+
+/// Attention and feed-forward one after the other, or side by side; the names tell the order of the sums.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Order {
+    Serial,
+    /// The same; the residual is the sum's first part (Phi 3).
+    ResidualFirst,
+    /// `(ffn + input) + attention`, both from one norm.
+    FfnInputAttention,
+    /// `(ffn + attention) + input`, both from one norm.
+    FfnAttentionInput,
+    /// `(attention + ffn) + input`, both from one norm.
+    AttentionFfnInput,
+    /// `(ffn + input) + attention`, each with its own norm.
+    OwnNorms,
+}
+
+/// How a router's weights are summed to one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Normed {
+    Yes,
+    No,
+    /// As `expert_weights_norm` says.
+    AsNamed,
+}
+
+/// Where the rows that give outputs are picked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Outputs {
+    InLastLayer,
+    BeforeNorm,
+    AfterNorm,
+}
+
+/// A kind of transformer.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Decoder {
+    pub(super) norm: Norm,
+    pub(super) embedding: Embedding,
+    pub(super) rotary: Rotary,
+    /// The rotation reads frequency factors, where the model has them.
+    pub(super) factors: bool,
+    /// The norm before attention; none where the layer starts without.
+    pub(super) first_norm: bool,
+    pub(super) head_norms: HeadNorms,
+    /// Queries are scaled before attention.
+    pub(super) scales_queries: bool,
+    /// Queries of unrotated layers (or of all) are scaled by position.
+    pub(super) temperature: Temperature,
+    /// The norm of what attention gives, before or after the outputs are picked.
+    pub(super) after_attention: Option<&'static str>,
+    pub(super) normed_before_pick: bool,
+    /// Residual branches are scaled.
+    pub(super) scales_residuals: bool,
+    pub(super) order: Order,
+    /// The norm before the feed-forward block; none where it starts without.
+    pub(super) second_norm: Option<&'static str>,
+    pub(super) activation: Activation,
+    pub(super) expert_activation: ExpertActivation,
+    pub(super) normed: Normed,
+    /// The router is not told by the header (gpt-oss).
+    pub(super) gating: Option<Gating>,
+    pub(super) after_ffn: Option<&'static str>,
+    pub(super) outputs: Outputs,
+    /// Operations between raw scores and softmax.
+    pub(super) score_unaries: u8,
+    /// Operations on the logits.
+    pub(super) logit_unaries: u8,
+    /// One of a few models with a part of its own.
+    pub(super) part: Part,
+}
+
+/// Scaling of queries by position.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Temperature {
+    None,
+    /// Layers without rotation (Llama 4).
+    Unrotated,
+    /// All layers, where the header names a scale (Mistral 3).
+    Named,
+}
+
+/// Parts that one or two models have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Part {
+    None,
+    /// Experts in the file are not run (Refact).
+    Dense,
+    /// Shared experts behind a gate of their own (Qwen 2 `MoE`).
+    GatedSharedExpert,
+    /// The router reads the layer's input (`SmallThinker`).
+    EarlyRouter,
+    /// A second set of experts with the same router (`GroveMoE`).
+    Adjugates,
+    /// A dense block beside the experts, the sum scaled (Grok).
+    DenseBesideExperts,
+    /// The experts' sum is scaled where shared experts join (Cohere 2 `MoE`).
+    ScaledSharedExpert,
+    /// Every layer adds the embeddings (Talkie).
+    EmbeddingSkip,
+    /// Experts are weighed before they run (Llama 4).
+    WeighFirst,
+    /// Deep-stacked vision features join the first layers (Qwen 3 VL).
+    DeepStack,
+    /// Values are scaled after attention (`MiMo` 2).
+    ScaledValues,
+    /// One gate per head (Spark 2.5).
+    HeadGate,
+}
+
+impl Decoder {
+    /// Llama's.
+    pub(super) const PLAIN: Self = Self {
+        norm: Norm::Rms,
+        embedding: Embedding::Plain,
+        rotary: Rotary::Always,
+        factors: true,
+        first_norm: true,
+        head_norms: HeadNorms::Before(Norm::Rms),
+        scales_queries: false,
+        temperature: Temperature::None,
+        after_attention: None,
+        normed_before_pick: false,
+        scales_residuals: false,
+        order: Order::Serial,
+        second_norm: Some("ffn_norm"),
+        activation: Activation::Gated,
+        expert_activation: ExpertActivation::Usual,
+        normed: Normed::Yes,
+        gating: None,
+        after_ffn: None,
+        outputs: Outputs::InLastLayer,
+        score_unaries: 0,
+        logit_unaries: 0,
+        part: Part::None,
+    };
+
+    pub(super) fn build(self, b: &mut Builder<'_>) {
+        b.score_unaries = self.score_unaries;
+        let deep = if self.part == Part::DeepStack {
+            b.number("n_deepstack_layers", 0)
+        } else {
+            0
+        };
+        let width = b.n_embd * (deep + 1);
+        let embedded = b.embeddings_of(width);
+        let positions = b.positions();
+        let mut cur = match self.embedding {
+            Embedding::Plain => embedded,
+            Embedding::Scaled => b.g.unary(embedded),
+            Embedding::Normed(norm) => {
+                let (weight, bias) = (
+                    b.first_weight("token_embd_norm.weight"),
+                    b.first_weight("token_embd_norm.bias"),
+                );
+                b.norm_with(embedded, weight, bias, norm)
+            }
+            Embedding::Positions => {
+                let table = b.input_weight("position_embd.weight");
+                if table.is_some() {
+                    let looked_up = b.g.get_rows(table, positions);
+                    b.g.add(embedded, looked_up)
+                } else {
+                    embedded
+                }
+            }
+        };
+        let state = Shared {
+            embedded: cur,
+            positions,
+            attention: b.attention_input(),
+            outputs: b.output_ids(),
+            temperature: self.temperature(b),
+        };
+        let rotates: Vec<bool> = (0..b.trunk()).map(|il| self.rotates(b, il)).collect();
+        for il in b.layers_by(|il| u64::from(rotates.get(il) == Some(&true))) {
+            b.enter(il);
+            cur = self.layer(b, cur, state);
+            if (il as i64) < deep {
+                let view = b.g.view_2d(embedded, b.n_embd, b.n_tokens, width * 4);
+                cur = b.g.add(cur, view);
+            }
+        }
+        if self.outputs == Outputs::BeforeNorm {
+            b.g.set_output(cur);
+            cur = b.g.get_rows(cur, state.outputs);
+        }
+        cur = b.output_norm(cur, self.norm);
+        if self.outputs == Outputs::AfterNorm {
+            b.g.set_output(cur);
+            cur = b.g.get_rows(cur, state.outputs);
+        }
+        b.finish(cur, self.logit_unaries);
+    }
+
+    fn temperature(self, b: &mut Builder<'_>) -> TensorId {
+        let wanted = match self.temperature {
+            Temperature::None => false,
+            Temperature::Unrotated => true,
+            Temperature::Named => {
+                b.model.float("attention.temperature_scale").unwrap_or(0.0) != 0.0
+            }
+        };
+        if wanted { b.attention_scale() } else { NONE }
+    }
+
+    pub(super) fn rotates(self, b: &Builder<'_>, il: usize) -> bool {
+        let slides = b.hyper.is_sliding(il as u32);
+        match self.rotary {
+            Rotary::Always => true,
+            Rotary::Never => false,
+            Rotary::Sliding => slides,
+            Rotary::SlidingIfAny => slides || b.hyper.sliding_window.is_none(),
+            Rotary::SlidingOrLead => slides || (il as u32) < b.hyper.leading_dense_layers,
+            Rotary::NotEvery(step) => !(il + 1).is_multiple_of(step),
+            Rotary::NotFirstOf(step) => {
+                b.hyper.sliding_window.is_none() || !il.is_multiple_of(step)
+            }
+        }
+    }
+
+    fn layer(self, b: &mut Builder<'_>, input: TensorId, shared: Shared) -> TensorId {
+        let logits = if self.part == Part::EarlyRouter {
+            b.project("ffn_gate_inp", input)
+        } else {
+            NONE
+        };
+        let normed = if self.first_norm {
+            b.norm(input, "attn_norm", self.norm)
+        } else {
+            input
+        };
+        let mut attention = self.attention(b, input, normed, shared);
+        let mut branch = Branch {
+            input,
+            normed,
+            logits,
+            skip: shared.embedded,
+        };
+        if self.normed_before_pick {
+            attention = self.named_norm(b, attention, self.after_attention);
+        }
+        if b.is_last() && self.outputs == Outputs::InLastLayer {
+            attention = b.g.get_rows(attention, shared.outputs);
+            branch = branch.picked(b, shared.outputs);
+        }
+        if !self.normed_before_pick {
+            attention = self.named_norm(b, attention, self.after_attention);
+        }
+        if self.scales_residuals {
+            attention = b.g.unary(attention);
+        }
+        self.combine(b, attention, branch)
+    }
+
+    fn named_norm(self, b: &mut Builder<'_>, cur: TensorId, name: Option<&str>) -> TensorId {
+        name.map_or(cur, |name| b.norm(cur, name, self.norm))
+    }
+
+    fn attention(
+        self,
+        b: &mut Builder<'_>,
+        input: TensorId,
+        normed: TensorId,
+        shared: Shared,
+    ) -> TensorId {
+        let rotates = self.rotates(b, b.layer());
+        let factors = if self.factors && rotates {
+            b.rope_factors()
+        } else {
+            NONE
+        };
+        let source = if b.has("attn_norm_2") && self.order == Order::FfnAttentionInput {
+            b.norm(input, "attn_norm_2", self.norm)
+        } else {
+            normed
+        };
+        let [mut q, mut k, v] = self.heads(b, source);
+        if rotates {
+            q = b.g.rope(q, shared.positions, factors);
+            k = b.g.rope(k, shared.positions, factors);
+        }
+        match self.head_norms {
+            HeadNorms::After(norm) => [q, k] = normed_heads(b, [q, k], norm),
+            HeadNorms::AfterAlways if rotates => {
+                q = b.rms(q, "attn_q_norm");
+                k = b.rms(k, "attn_k_norm");
+            }
+            _ => {}
+        }
+        let scaled_by_position =
+            shared.temperature.is_some() && (self.temperature == Temperature::Named || !rotates);
+        if scaled_by_position {
+            q = b.g.mul(q, shared.temperature);
+        }
+        if self.scales_queries {
+            q = b.g.unary(q);
+        }
+        let sinks = b.weight("attn_sinks");
+        if b.has("attn_gate") {
+            let cur = b.attend(
+                shared.attention,
+                [q, k, v],
+                Extras {
+                    sinks,
+                    output: "",
+                    ..Extras::default()
+                },
+            );
+            return self.gated(b, cur, normed);
+        }
+        let cur = b.attend(
+            shared.attention,
+            [q, k, v],
+            Extras {
+                sinks,
+                ..Extras::default()
+            },
+        );
+        let scales = self.part == Part::ScaledValues
+            && b.model
+                .float("attention.value_scale")
+                .is_some_and(|scale| scale != 0.0 && (scale - 1.0).abs() > 1e-9);
+        if scales { b.g.unary(cur) } else { cur }
+    }
+
+    /// A sigmoid gate on what attention gives.
+    fn gated(self, b: &mut Builder<'_>, cur: TensorId, normed: TensorId) -> TensorId {
+        let gate = b.project("attn_gate", normed);
+        let gate = b.g.unary(gate);
+        let cur = if self.part == Part::HeadGate {
+            let (length, heads) = (b.value_length(), b.heads());
+            let per_head = b.g.reshape_3d(cur, length, heads, b.n_tokens);
+            let gate = b.g.reshape_3d(gate, 1, heads, b.n_tokens);
+            let cur = b.g.mul(per_head, gate);
+            b.g.reshape_2d(cur, length * heads, b.n_tokens)
+        } else {
+            b.g.mul(cur, gate)
+        };
+        b.project_biased("attn_output", cur)
+    }
+
+    fn heads(self, b: &mut Builder<'_>, source: TensorId) -> [TensorId; 3] {
+        match self.head_norms {
+            HeadNorms::Whole(norm) if b.has("attn_q_norm") => {
+                let (k, v, heads, kv_heads) =
+                    (b.key_length(), b.value_length(), b.heads(), b.kv_heads());
+                let [q_flat, k_flat, v_flat] = b.qkv_flat(source);
+                let [q_flat, k_flat] = normed_heads(b, [q_flat, k_flat], norm);
+                let n_tokens = b.n_tokens;
+                [
+                    b.g.reshape_3d(q_flat, k, heads, n_tokens),
+                    b.g.reshape_3d(k_flat, k, kv_heads, n_tokens),
+                    b.g.reshape_3d(v_flat, v, kv_heads, n_tokens),
+                ]
+            }
+            HeadNorms::Before(norm) => {
+                let [q, k, v] = b.qkv(source);
+                let [q, k] = normed_heads(b, [q, k], norm);
+                [q, k, v]
+            }
+            _ => b.qkv(source),
+        }
+    }
+
+    /// Residuals and the feed-forward block.
+    fn combine(self, b: &mut Builder<'_>, attention: TensorId, branch: Branch) -> TensorId {
+        match self.order {
+            Order::Serial | Order::ResidualFirst => {
+                let middle = b.g.add(attention, branch.input);
+                let source = match self.second_norm {
+                    Some(name) if name != "ffn_norm" || b.has(name) || self.first_norm => {
+                        self.second(b, middle, name, branch)
+                    }
+                    _ => middle,
+                };
+                let mut cur = self.feed_forward(b, source, branch);
+                cur = self.named_norm(b, cur, self.after_ffn);
+                if self.scales_residuals {
+                    cur = b.g.unary(cur);
+                }
+                cur = if self.order == Order::Serial {
+                    b.g.add(cur, middle)
+                } else {
+                    b.g.add(middle, cur)
+                };
+                if self.part == Part::EmbeddingSkip {
+                    let scale = b.weight("layer_output_scale");
+                    let skip = b.g.mul(branch.skip, scale);
+                    cur = b.g.add(cur, skip);
+                }
+                cur
+            }
+            Order::FfnInputAttention => {
+                let ffn = self.feed_forward(b, branch.normed, branch);
+                let cur = b.g.add(ffn, branch.input);
+                b.g.add(cur, attention)
+            }
+            Order::FfnAttentionInput => {
+                let ffn = self.feed_forward(b, branch.normed, branch);
+                let cur = b.g.add(ffn, attention);
+                b.g.add(cur, branch.input)
+            }
+            Order::AttentionFfnInput => {
+                let ffn = self.feed_forward(b, branch.normed, branch);
+                let cur = b.g.add(attention, ffn);
+                b.g.add(cur, branch.input)
+            }
+            Order::OwnNorms => {
+                let source = b.norm(branch.input, "ffn_norm", self.norm);
+                let ffn = self.feed_forward(b, source, branch);
+                let cur = b.g.add(ffn, branch.input);
+                b.g.add(cur, attention)
+            }
+        }
+    }
+
+    /// `StableLM`'s models without a second norm feed the first one's result to both blocks.
+    fn second(self, b: &mut Builder<'_>, middle: TensorId, name: &str, branch: Branch) -> TensorId {
+        if b.model.architecture() == "stablelm" && !b.has(name) {
+            branch.normed
+        } else {
+            b.norm(middle, name, self.norm)
+        }
+    }
+
+    fn feed_forward(self, b: &mut Builder<'_>, cur: TensorId, branch: Branch) -> TensorId {
+        if !b.has("ffn_gate_inp") || self.part == Part::Dense {
+            return b.ffn(cur, self.activation);
+        }
+        let normed = match self.normed {
+            Normed::Yes => true,
+            Normed::No => false,
+            Normed::AsNamed => b.model.flag("expert_weights_norm"),
+        };
+        let gating = self
+            .gating
+            .unwrap_or_else(|| Gating::from_number(b.number("expert_gating_func", 0)));
+        let mut experts = b.experts(gating, normed);
+        experts.activation = self.expert_activation;
+        experts.logits = branch.logits;
+        experts.weigh_first = self.part == Part::WeighFirst;
+        if self.part == Part::Adjugates {
+            return super::special::adjugates(b, cur, experts);
+        }
+        let mixed = b.mixture(cur, experts);
+        match self.part {
+            Part::GatedSharedExpert => super::special::gated_shared_expert(b, cur, mixed),
+            Part::DenseBesideExperts if b.has("ffn_up") => {
+                let dense = b.ffn(cur, self.activation);
+                let sum = b.g.add(dense, mixed);
+                b.g.unary(sum)
+            }
+            _ if b.has("ffn_up_shexp") => {
+                let shared = b.ffn_named(
+                    cur,
+                    ["ffn_up_shexp", "ffn_gate_shexp", "ffn_down_shexp"],
+                    self.activation,
+                );
+                let sum = b.g.add(mixed, shared);
+                if self.part == Part::ScaledSharedExpert {
+                    b.g.unary(sum)
+                } else {
+                    sum
+                }
+            }
+            _ => mixed,
+        }
+    }
+}
+
+/// What all layers of a graph read.
+#[derive(Clone, Copy)]
+struct Shared {
+    embedded: TensorId,
+    positions: TensorId,
+    attention: AttentionInput,
+    outputs: TensorId,
+    temperature: TensorId,
+}
+
+/// What goes round attention in one layer.
+#[derive(Clone, Copy)]
+struct Branch {
+    input: TensorId,
+    normed: TensorId,
+    logits: TensorId,
+    skip: TensorId,
+}
+
+impl Branch {
+    /// Only the rows that give outputs.
+    fn picked(self, b: &mut Builder<'_>, outputs: TensorId) -> Self {
+        let mut pick = |id: TensorId| {
+            if id.is_some() {
+                b.g.get_rows(id, outputs)
+            } else {
+                id
+            }
+        };
+        Self {
+            input: pick(self.input),
+            normed: pick(self.normed),
+            logits: pick(self.logits),
+            skip: pick(self.skip),
+        }
+    }
+}
+
+fn normed_heads(b: &mut Builder<'_>, [q, k]: [TensorId; 2], norm: Norm) -> [TensorId; 2] {
+    let q = if b.has("attn_q_norm") {
+        b.norm(q, "attn_q_norm", norm)
+    } else {
+        q
+    };
+    let k = if b.has("attn_k_norm") {
+        b.norm(k, "attn_k_norm", norm)
+    } else {
+        k
+    };
+    [q, k]
+}

@@ -1,0 +1,28 @@
+//! Model graphs, one short description per family (`src/models/*.cpp`).
+
+mod decoder;
+mod describe;
+mod special;
+
+use super::builder::Builder;
+use super::ops::Graph;
+use super::reserve::Batch;
+use crate::model::ModelFacts;
+
+/// Builds the graph of one micro-batch. True when it is the architecture's own, false when a plain transformer stands in; none when the
+/// model does not look like one.
+pub(super) fn build(graph: &mut Graph, facts: &ModelFacts, batch: &Batch<'_>) -> Option<bool> {
+    graph.clear();
+    let mut builder = Builder::new(graph, &facts.graph, &facts.hyperparameters, batch);
+    if let Some(decoder) = describe::describe(&builder) {
+        decoder.build(&mut builder);
+        return Some(true);
+    }
+    let attends = ["attn_q.weight", "attn_qkv.weight"]
+        .iter()
+        .any(|name| facts.graph.weight(0, name).is_some());
+    attends.then(|| {
+        decoder::Decoder::PLAIN.build(&mut builder);
+        false
+    })
+}

@@ -1,0 +1,107 @@
+//! Compute buffers to the byte: llama.cpp's graph for one micro-batch, described per family of layers, and its scheduler and allocator
+//! played through without data.
+//!
+//! ```text
+//! header -> GraphModel                 (model: what there is)
+//! options -> Batch                     (reserve: what is reserved for)
+//! families::build -> Graph             (builder, attention, experts, states: what is computed, in llama.cpp's order)
+//! Schedule::build -> backends, copies  (scheduler)
+//! Allocator::plan -> bytes per buffer  (allocator)
+//! ```
+//!
+//! llama.cpp's dry run counts the prompt-processing graph only; so does this. Layers that repeat are planned a few times, not all of
+//! them: the allocator is in the same state after every one.
+
+#![allow(
+    dead_code,
+    reason = "operations and parts are there for the families that are still to be described"
+)]
+#![expect(
+    clippy::arithmetic_side_effects,
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    clippy::cast_precision_loss,
+    clippy::struct_excessive_bools,
+    reason = "hyper-parameters and options are capped when read, so that products of two stay below 2^63; strides saturate"
+)]
+
+mod allocator;
+mod attention;
+mod builder;
+mod cuda;
+mod experts;
+mod families;
+mod model;
+mod ops;
+mod repeats;
+mod reserve;
+mod scheduler;
+mod tensor;
+
+use std::cell::RefCell;
+
+use super::compute::ComputeBytes;
+use super::{EstimateOptions, FlashAttention, Layout, Resolved};
+use crate::model::ModelFacts;
+
+use allocator::Allocator;
+use ops::Graph;
+use reserve::Batch;
+use scheduler::Schedule;
+
+pub(crate) use model::GraphModel;
+
+#[derive(Default)]
+struct Workspace {
+    graph: Graph,
+    schedule: Schedule,
+    allocator: Allocator,
+}
+
+thread_local! {
+    static WORKSPACE: RefCell<Workspace> = RefCell::default();
+}
+
+/// The compute buffers that llama.cpp projects for this model and these options (`llama_context::sched_reserve`); none for a model
+/// without a described graph that does not look like a transformer either.
+pub(super) fn compute_bytes(
+    facts: &ModelFacts,
+    options: &EstimateOptions,
+    resolved: &Resolved,
+    layout: &Layout,
+) -> Option<ComputeBytes> {
+    let batch = Batch::new(options, resolved, layout);
+    WORKSPACE.with_borrow_mut(|workspace| {
+        plan(
+            workspace,
+            facts,
+            batch,
+            options.flash_attention == FlashAttention::Auto,
+        )
+    })
+}
+
+fn plan(
+    w: &mut Workspace,
+    facts: &ModelFacts,
+    mut batch: Batch<'_>,
+    may_do_without: bool,
+) -> Option<ComputeBytes> {
+    let exact = families::build(&mut w.graph, facts, &batch)?;
+    if batch.cuda && may_do_without && cuda::lacks_a_kernel(&w.graph, &batch) {
+        batch.flash_attention = false;
+        families::build(&mut w.graph, facts, &batch);
+    }
+    if !w.schedule.build(&mut w.graph, batch.backends()) {
+        batch.every_layer = true;
+        families::build(&mut w.graph, facts, &batch);
+        w.schedule.build(&mut w.graph, batch.backends());
+    }
+    let mut devices = w.allocator.plan(&w.graph, &w.schedule, &batch.rules());
+    let host = devices.pop().unwrap_or(0);
+    Some(ComputeBytes {
+        devices,
+        host,
+        exact,
+    })
+}

@@ -1,0 +1,429 @@
+//! The operations graphs are made of, each with ggml's result shape, sources and view rule (`ggml.c`), and the order in which
+//! `ggml_build_forward_expand` lines them up.
+
+use crate::gguf::GgmlType;
+
+use super::repeats::Repeat;
+use super::tensor::{MAX_SOURCES, Op, Storage, Tensor, TensorId};
+
+/// A graph under construction: an arena of tensors, and the nodes and leaves in llama.cpp's order.
+#[derive(Debug, Default)]
+pub(super) struct Graph {
+    pub(super) tensors: Vec<Tensor>,
+    pub(super) nodes: Vec<TensorId>,
+    pub(super) leaves: Vec<TensorId>,
+    /// Tensors and nodes there were when each layer began.
+    pub(super) marks: Vec<Mark>,
+    /// Rounds of layers that stand for more.
+    pub(super) repeats: Vec<Repeat>,
+}
+
+/// Where a layer begins.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Mark {
+    pub(super) tensors: usize,
+    pub(super) nodes: usize,
+}
+
+const NOTHING: Tensor = Tensor {
+    op: Op::Leaf,
+    element: GgmlType::F32,
+    storage: Storage::Planned,
+    is_input: false,
+    is_output: false,
+    visited: true,
+    source_count: 0,
+    view_of: TensorId::NONE,
+    sources: [TensorId::NONE; MAX_SOURCES],
+    ne: [0; 4],
+    nb: [0; 4],
+};
+
+impl Graph {
+    pub(super) fn clear(&mut self) {
+        self.tensors.clear();
+        self.nodes.clear();
+        self.leaves.clear();
+        self.marks.clear();
+        self.repeats.clear();
+    }
+
+    /// Notes that a layer begins.
+    pub(super) fn mark(&mut self) {
+        self.marks.push(Mark {
+            tensors: self.tensors.len(),
+            nodes: self.nodes.len(),
+        });
+    }
+
+    /// The tensor, or an empty one for [`TensorId::NONE`].
+    pub(super) fn get(&self, id: TensorId) -> &Tensor {
+        self.tensors.get(id.index()).unwrap_or(&NOTHING)
+    }
+
+    pub(super) fn ne(&self, id: TensorId) -> [i64; 4] {
+        self.get(id).ne
+    }
+
+    pub(super) fn nb(&self, id: TensorId) -> [i64; 4] {
+        self.get(id).nb
+    }
+
+    pub(super) fn element(&self, id: TensorId) -> GgmlType {
+        self.get(id).element
+    }
+
+    pub(super) fn push(&mut self, tensor: Tensor) -> TensorId {
+        let id = TensorId(u32::try_from(self.tensors.len()).unwrap_or(u32::MAX));
+        self.tensors.push(tensor);
+        id
+    }
+
+    /// A weight, cache or state that lies on a backend already.
+    pub(super) fn stored(&mut self, element: GgmlType, ne: [i64; 4], storage: Storage) -> TensorId {
+        let mut tensor = Tensor::contiguous(Op::Leaf, element, ne);
+        tensor.storage = storage;
+        self.push(tensor)
+    }
+
+    /// A tensor that the caller fills before every run.
+    pub(super) fn input(&mut self, element: GgmlType, ne: [i64; 4]) -> TensorId {
+        let mut tensor = Tensor::contiguous(Op::Leaf, element, ne);
+        tensor.is_input = true;
+        self.push(tensor)
+    }
+
+    /// The caller reads this one: its memory is never given to another (`ggml_set_output`).
+    pub(super) fn set_output(&mut self, id: TensorId) {
+        if let Some(tensor) = self.tensors.get_mut(id.index()) {
+            tensor.is_output = true;
+        }
+    }
+
+    /// A fresh tensor without sources that is no input.
+    pub(super) fn blank(&mut self, element: GgmlType, ne: [i64; 4]) -> TensorId {
+        self.push(Tensor::contiguous(Op::Leaf, element, ne))
+    }
+
+    /// A new contiguous result of `op`.
+    pub(super) fn result(
+        &mut self,
+        op: Op,
+        element: GgmlType,
+        ne: [i64; 4],
+        sources: &[TensorId],
+    ) -> TensorId {
+        let mut tensor = Tensor::contiguous(op, element, ne);
+        set_sources(&mut tensor, sources);
+        self.push(tensor)
+    }
+
+    /// A result with the type and shape of `a`.
+    fn like(&mut self, op: Op, a: TensorId, sources: &[TensorId]) -> TensorId {
+        let (element, ne) = (self.element(a), self.ne(a));
+        self.result(op, element, ne, sources)
+    }
+
+    /// A result that is a view of all of `a` (`ggml_view_tensor`).
+    fn over(&mut self, op: Op, a: TensorId, sources: &[TensorId]) -> TensorId {
+        let mut tensor = self.get(a).clone();
+        tensor.op = op;
+        tensor.storage = Storage::Planned;
+        tensor.is_input = false;
+        tensor.is_output = false;
+        tensor.visited = false;
+        tensor.view_of = self.root(a);
+        set_sources(&mut tensor, sources);
+        self.push(tensor)
+    }
+
+    fn root(&self, a: TensorId) -> TensorId {
+        let view_of = self.get(a).view_of;
+        if view_of.is_some() { view_of } else { a }
+    }
+
+    // views
+
+    /// `ggml_view_4d`; strides `nb` are those of dimensions 1 to 3.
+    pub(super) fn view(&mut self, a: TensorId, ne: [i64; 4], nb: [i64; 3]) -> TensorId {
+        let mut tensor = Tensor::contiguous(Op::View, self.element(a), ne);
+        let [b1, b2, b3] = nb;
+        let [b0, ..] = tensor.nb;
+        tensor.nb = [b0, b1, b2, b3];
+        tensor.view_of = self.root(a);
+        set_sources(&mut tensor, &[a]);
+        self.push(tensor)
+    }
+
+    /// `ggml_view_1d`.
+    pub(super) fn view_1d(&mut self, a: TensorId, n: i64) -> TensorId {
+        let mut tensor = Tensor::contiguous(Op::View, self.element(a), [n, 1, 1, 1]);
+        tensor.view_of = self.root(a);
+        set_sources(&mut tensor, &[a]);
+        self.push(tensor)
+    }
+
+    /// `ggml_view_2d`.
+    pub(super) fn view_2d(&mut self, a: TensorId, n0: i64, n1: i64, b1: i64) -> TensorId {
+        let b2 = b1.saturating_mul(n1);
+        self.view(a, [n0, n1, 1, 1], [b1, b2, b2])
+    }
+
+    /// `ggml_view_3d`.
+    pub(super) fn view_3d(&mut self, a: TensorId, ne: [i64; 3], nb: [i64; 2]) -> TensorId {
+        let ([n0, n1, n2], [b1, b2]) = (ne, nb);
+        self.view(a, [n0, n1, n2, 1], [b1, b2, b2.saturating_mul(n2)])
+    }
+
+    pub(super) fn reshape(&mut self, a: TensorId, ne: [i64; 4]) -> TensorId {
+        let mut tensor = Tensor::contiguous(Op::View, self.element(a), ne);
+        tensor.view_of = self.root(a);
+        set_sources(&mut tensor, &[a]);
+        self.push(tensor)
+    }
+
+    pub(super) fn reshape_2d(&mut self, a: TensorId, n0: i64, n1: i64) -> TensorId {
+        self.reshape(a, [n0, n1, 1, 1])
+    }
+
+    pub(super) fn reshape_3d(&mut self, a: TensorId, n0: i64, n1: i64, n2: i64) -> TensorId {
+        self.reshape(a, [n0, n1, n2, 1])
+    }
+
+    /// `ggml_permute`: dimension `i` of `a` becomes dimension `axes[i]`.
+    pub(super) fn permute(&mut self, a: TensorId, axes: [usize; 4]) -> TensorId {
+        let id = self.over(Op::View, a, &[a]);
+        let source = self.get(a);
+        let (mut ne, mut nb) = (source.ne, source.nb);
+        for ((axis, n), b) in axes.into_iter().zip(source.ne).zip(source.nb) {
+            if let (Some(to_ne), Some(to_nb)) = (ne.get_mut(axis), nb.get_mut(axis)) {
+                *to_ne = n;
+                *to_nb = b;
+            }
+        }
+        self.set_layout(id, ne, nb);
+        id
+    }
+
+    pub(super) fn transpose(&mut self, a: TensorId) -> TensorId {
+        let id = self.over(Op::View, a, &[a]);
+        let ([n0, n1, n2, n3], [b0, b1, b2, b3]) = (self.ne(a), self.nb(a));
+        self.set_layout(id, [n1, n0, n2, n3], [b1, b0, b2, b3]);
+        id
+    }
+
+    fn set_layout(&mut self, id: TensorId, ne: [i64; 4], nb: [i64; 4]) {
+        if let Some(tensor) = self.tensors.get_mut(id.index()) {
+            tensor.ne = ne;
+            tensor.nb = nb;
+        }
+    }
+
+    // operations that may write over a source
+
+    /// Add, sub, mul, div: the shape of `a`.
+    pub(super) fn add(&mut self, a: TensorId, b: TensorId) -> TensorId {
+        self.like(Op::InPlace, a, &[a, b])
+    }
+
+    pub(super) fn mul(&mut self, a: TensorId, b: TensorId) -> TensorId {
+        self.like(Op::InPlace, a, &[a, b])
+    }
+
+    pub(super) fn add_id(&mut self, a: TensorId, b: TensorId, ids: TensorId) -> TensorId {
+        self.like(Op::InPlace, a, &[a, b, ids])
+    }
+
+    /// Scale, clamp, fill, sqr, sqrt, log and the unary activations.
+    pub(super) fn unary(&mut self, a: TensorId) -> TensorId {
+        self.like(Op::InPlace, a, &[a])
+    }
+
+    /// `ggml_scale_inplace`: a view that is computed.
+    pub(super) fn unary_over(&mut self, a: TensorId) -> TensorId {
+        self.over(Op::InPlace, a, &[a])
+    }
+
+    pub(super) fn rms_norm(&mut self, a: TensorId) -> TensorId {
+        self.like(Op::InPlace, a, &[a])
+    }
+
+    /// `ggml_soft_max_ext` with `ggml_soft_max_add_sinks`.
+    pub(super) fn soft_max(&mut self, a: TensorId, mask: TensorId, sinks: TensorId) -> TensorId {
+        self.like(Op::InPlace, a, &[a, mask, sinks])
+    }
+
+    pub(super) fn rope(&mut self, a: TensorId, positions: TensorId, factors: TensorId) -> TensorId {
+        self.like(Op::Rope, a, &[a, positions, factors])
+    }
+
+    // operations with memory of their own
+
+    /// An operation that keeps the shape of its first source and cannot write over it (norm, group norm, l2 norm, cumsum, tri).
+    pub(super) fn same_shape(&mut self, sources: &[TensorId]) -> TensorId {
+        let a = sources.first().copied().unwrap_or(TensorId::NONE);
+        self.like(Op::Other, a, sources)
+    }
+
+    /// `ggml_norm`, `ggml_l2_norm`.
+    pub(super) fn norm(&mut self, a: TensorId) -> TensorId {
+        self.like(Op::Other, a, &[a])
+    }
+
+    pub(super) fn cont(&mut self, a: TensorId) -> TensorId {
+        self.like(Op::Other, a, &[a])
+    }
+
+    pub(super) fn cont_as(&mut self, a: TensorId, ne: [i64; 4]) -> TensorId {
+        let element = self.element(a);
+        self.result(Op::Other, element, ne, &[a])
+    }
+
+    pub(super) fn cast(&mut self, a: TensorId, element: GgmlType) -> TensorId {
+        let ne = self.ne(a);
+        let id = self.result(Op::Other, element, ne, &[a]);
+        // ggml_cast names the result as its own second source
+        if let Some(tensor) = self.tensors.get_mut(id.index()) {
+            set_sources(tensor, &[a, id]);
+        }
+        id
+    }
+
+    /// `ggml_cpy`: a view of the destination.
+    pub(super) fn copy_into(&mut self, a: TensorId, destination: TensorId) -> TensorId {
+        self.over(Op::Other, destination, &[a, destination])
+    }
+
+    /// `ggml_set_rows`: a view of the destination.
+    pub(super) fn set_rows(
+        &mut self,
+        destination: TensorId,
+        rows: TensorId,
+        ids: TensorId,
+    ) -> TensorId {
+        self.over(Op::Other, destination, &[rows, ids, destination])
+    }
+
+    pub(super) fn get_rows(&mut self, a: TensorId, ids: TensorId) -> TensorId {
+        let element = if self.element(a) == GgmlType::I32 {
+            GgmlType::I32
+        } else {
+            GgmlType::F32
+        };
+        let ([n0, ..], [i0, i1, i2, _]) = (self.ne(a), self.ne(ids));
+        self.result(Op::GetRows, element, [n0, i0, i1, i2], &[a, ids])
+    }
+
+    pub(super) fn mul_mat(&mut self, a: TensorId, b: TensorId) -> TensorId {
+        let ([_, a1, ..], [_, b1, b2, b3]) = (self.ne(a), self.ne(b));
+        self.result(Op::MulMat, GgmlType::F32, [a1, b1, b2, b3], &[a, b])
+    }
+
+    pub(super) fn mul_mat_id(&mut self, experts: TensorId, b: TensorId, ids: TensorId) -> TensorId {
+        let ([_, e1, ..], [_, _, b2, _], [i0, ..]) = (self.ne(experts), self.ne(b), self.ne(ids));
+        self.result(
+            Op::MulMatId,
+            GgmlType::F32,
+            [e1, i0, b2, 1],
+            &[experts, b, ids],
+        )
+    }
+
+    /// `ggml_glu_split`: gate and up apart.
+    pub(super) fn glu(&mut self, gate: TensorId, up: TensorId) -> TensorId {
+        self.like(Op::Other, gate, &[gate, up])
+    }
+
+    /// `ggml_glu`: gate and up side by side in one tensor.
+    pub(super) fn glu_halves(&mut self, a: TensorId) -> TensorId {
+        let (element, [n0, n1, n2, n3]) = (self.element(a), self.ne(a));
+        self.result(Op::Other, element, [n0 / 2, n1, n2, n3], &[a])
+    }
+
+    /// `ggml_argsort_top_k`: the whole order is kept, the answer is a view of it.
+    pub(super) fn argsort_top_k(&mut self, a: TensorId, k: i64) -> TensorId {
+        let ne = self.ne(a);
+        let order = self.result(Op::Other, GgmlType::I32, ne, &[a]);
+        let ([_, n1, n2, n3], [_, b1, b2, b3]) = (ne, self.nb(order));
+        self.view(order, [k, n1, n2, n3], [b1, b2, b3])
+    }
+
+    pub(super) fn top_k(&mut self, a: TensorId, k: i64) -> TensorId {
+        let [_, n1, n2, n3] = self.ne(a);
+        self.result(Op::Other, GgmlType::I32, [k, n1, n2, n3], &[a])
+    }
+
+    pub(super) fn sum_rows(&mut self, a: TensorId) -> TensorId {
+        let (element, [_, n1, n2, n3]) = (self.element(a), self.ne(a));
+        self.result(Op::Other, element, [1, n1, n2, n3], &[a])
+    }
+
+    pub(super) fn repeat(&mut self, a: TensorId, ne: [i64; 4]) -> TensorId {
+        let element = self.element(a);
+        self.result(Op::Other, element, ne, &[a])
+    }
+
+    /// `ggml_pad`: more elements at the end of each dimension.
+    pub(super) fn pad(&mut self, a: TensorId, by: [i64; 4]) -> TensorId {
+        let (element, [n0, n1, n2, n3], [p0, p1, p2, p3]) = (self.element(a), self.ne(a), by);
+        self.result(
+            Op::Other,
+            element,
+            [n0 + p0, n1 + p1, n2 + p2, n3 + p3],
+            &[a],
+        )
+    }
+
+    pub(super) fn concat(&mut self, a: TensorId, b: TensorId, dimension: usize) -> TensorId {
+        let (element, mut ne, more) = (self.element(a), self.ne(a), self.ne(b));
+        if let (Some(n), Some(m)) = (ne.get_mut(dimension), more.get(dimension)) {
+            *n = n.saturating_add(*m);
+        }
+        self.result(Op::Other, element, ne, &[a, b])
+    }
+
+    pub(super) fn flash_attention(&mut self, [q, k, v, mask, sinks]: [TensorId; 5]) -> TensorId {
+        let ([_, q1, q2, q3], [v0, ..]) = (self.ne(q), self.ne(v));
+        self.result(
+            Op::FlashAttention,
+            GgmlType::F32,
+            [v0, q2, q1, q3],
+            &[q, k, v, mask, sinks],
+        )
+    }
+
+    // order
+
+    /// `ggml_build_forward_expand`: `id` and what it needs join the graph, sources first, left to right.
+    pub(super) fn expand(&mut self, id: TensorId) {
+        let Some(tensor) = self.tensors.get_mut(id.index()) else {
+            return;
+        };
+        if tensor.visited {
+            return;
+        }
+        tensor.visited = true;
+        let (sources, op, count) = (tensor.sources, tensor.op, tensor.source_count);
+        for source in sources.into_iter().take(usize::from(count)) {
+            self.expand(source);
+        }
+        if op == Op::Leaf {
+            self.leaves.push(id);
+        } else {
+            self.nodes.push(id);
+        }
+    }
+}
+
+/// Absent sources (no mask, no bias) are left out: nothing depends on a source's number, only on the order.
+fn set_sources(tensor: &mut Tensor, sources: &[TensorId]) {
+    tensor.source_count = 0;
+    for (slot, source) in tensor
+        .sources
+        .iter_mut()
+        .zip(sources.iter().filter(|source| source.is_some()))
+    {
+        *slot = *source;
+        tensor.source_count += 1;
+    }
+}

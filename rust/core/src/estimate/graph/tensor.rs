@@ -1,0 +1,187 @@
+//! The graph's tensors: what ggml keeps of one, less its data.
+
+use crate::gguf::GgmlType;
+
+/// Bytes of one element, or of one block (`ggml_type_size`).
+pub(super) fn unit_bytes(element: GgmlType) -> i64 {
+    i64::try_from(element.block_bytes()).unwrap_or(1)
+}
+
+/// Elements of one block (`ggml_blck_size`).
+pub(super) fn block_elements(element: GgmlType) -> i64 {
+    i64::try_from(element.block_elements()).unwrap_or(1).max(1)
+}
+
+/// Bytes of a row of `elements` (`ggml_row_size`).
+pub(super) fn row_bytes(element: GgmlType, elements: i64) -> i64 {
+    elements.saturating_mul(unit_bytes(element)) / block_elements(element)
+}
+
+/// A tensor of a [`Graph`](super::Graph), by its place in the arena.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct TensorId(pub(super) u32);
+
+impl TensorId {
+    /// No tensor.
+    pub(super) const NONE: Self = Self(u32::MAX);
+
+    pub(super) fn is_some(self) -> bool {
+        self != Self::NONE
+    }
+
+    pub(super) fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+/// What a node computes, in as few kinds as the allocator and the scheduler tell apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Op {
+    /// No operation: a weight, a cache, an input.
+    Leaf,
+    /// View, reshape, permute, transpose: no memory, never scheduled.
+    View,
+    /// An operation that may write over one of its sources (`ggml_op_can_inplace`).
+    InPlace,
+    /// Rotary embedding: may write over its source, and never follows a weight's device.
+    Rope,
+    MulMat,
+    MulMatId,
+    GetRows,
+    FlashAttention,
+    /// Everything that needs memory of its own.
+    Other,
+}
+
+impl Op {
+    pub(super) fn can_reuse_source(self) -> bool {
+        matches!(self, Self::InPlace | Self::Rope)
+    }
+}
+
+/// Where a tensor's bytes lie before the graph is planned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Storage {
+    /// The planner finds a place.
+    Planned,
+    /// A weight on backend `.0`.
+    Weights(u8),
+    /// A weight on backend `.0` that no other can read: repacked for the CPU.
+    Repacked(u8),
+    /// A cache or state on backend `.0`.
+    State(u8),
+}
+
+impl Storage {
+    pub(super) fn backend(self) -> Option<u8> {
+        match self {
+            Self::Planned => None,
+            Self::Weights(backend) | Self::Repacked(backend) | Self::State(backend) => {
+                Some(backend)
+            }
+        }
+    }
+}
+
+/// The most sources an operation has (`GGML_MAX_SRC`).
+pub(super) const MAX_SOURCES: usize = 10;
+
+#[derive(Clone, Debug)]
+pub(super) struct Tensor {
+    pub(super) op: Op,
+    pub(super) element: GgmlType,
+    pub(super) storage: Storage,
+    pub(super) is_input: bool,
+    pub(super) is_output: bool,
+    pub(super) visited: bool,
+    pub(super) source_count: u8,
+    pub(super) view_of: TensorId,
+    pub(super) sources: [TensorId; MAX_SOURCES],
+    /// Elements per dimension.
+    pub(super) ne: [i64; 4],
+    /// Bytes between neighbours, per dimension.
+    pub(super) nb: [i64; 4],
+}
+
+impl Tensor {
+    /// A contiguous tensor, as `ggml_new_tensor_4d`.
+    pub(super) fn contiguous(op: Op, element: GgmlType, ne: [i64; 4]) -> Self {
+        Self {
+            op,
+            element,
+            storage: Storage::Planned,
+            is_input: false,
+            is_output: false,
+            visited: false,
+            source_count: 0,
+            view_of: TensorId::NONE,
+            sources: [TensorId::NONE; MAX_SOURCES],
+            ne,
+            nb: contiguous_strides(element, ne),
+        }
+    }
+
+    pub(super) fn sources(&self) -> impl Iterator<Item = TensorId> + '_ {
+        self.sources
+            .iter()
+            .copied()
+            .take(usize::from(self.source_count))
+    }
+
+    pub(super) fn is_view(&self) -> bool {
+        self.view_of.is_some()
+    }
+
+    pub(super) fn elements(&self) -> i64 {
+        self.ne
+            .iter()
+            .fold(1, |product: i64, n| product.saturating_mul(*n))
+    }
+
+    /// Rows, as `ggml_nrows`.
+    pub(super) fn rows(&self) -> i64 {
+        let [_, a, b, c] = self.ne;
+        a.saturating_mul(b).saturating_mul(c)
+    }
+
+    pub(super) fn is_contiguous(&self) -> bool {
+        // a dimension of one element may have any stride (ggml_is_contiguous_n)
+        let expected = contiguous_strides(self.element, self.ne);
+        self.ne
+            .iter()
+            .zip(self.nb)
+            .zip(expected)
+            .all(|((n, stride), want)| *n == 1 || stride == want)
+    }
+
+    pub(super) fn same_layout(&self, other: &Self) -> bool {
+        self.element == other.element && self.ne == other.ne && self.nb == other.nb
+    }
+
+    /// Bytes from the first to the last element, as `ggml_nbytes`.
+    pub(super) fn bytes(&self) -> i64 {
+        if self.ne.iter().any(|n| *n <= 0) {
+            return 0;
+        }
+        let [n0, n1, n2, n3] = self.ne;
+        let [b0, b1, b2, b3] = self.nb;
+        let first = if self.element.is_quantized() {
+            n0.saturating_mul(b0) / block_elements(self.element)
+        } else {
+            unit_bytes(self.element).saturating_add((n0 - 1).saturating_mul(b0))
+        };
+        [(n1, b1), (n2, b2), (n3, b3)]
+            .into_iter()
+            .fold(first, |sum, (n, b)| {
+                sum.saturating_add((n - 1).saturating_mul(b))
+            })
+    }
+}
+
+pub(super) fn contiguous_strides(element: GgmlType, ne: [i64; 4]) -> [i64; 4] {
+    let [n0, n1, n2, _] = ne;
+    let b0 = unit_bytes(element);
+    let b1 = b0.saturating_mul(n0 / block_elements(element));
+    let b2 = b1.saturating_mul(n1);
+    [b0, b1, b2, b2.saturating_mul(n2)]
+}
