@@ -11,7 +11,7 @@ import pytest
 
 import llama_gpu
 from support.fake_nvml import FakeGpu
-from support.gguf_builder import write_llama
+from support.gguf_builder import write_llama, write_sparse
 
 SCRIPT = (str(Path(sys.executable).with_name("llama-gpu")),)
 MODULE = (sys.executable, "-m", "llama_gpu")
@@ -57,7 +57,7 @@ def test_script_and_module_are_the_same():
     assert output_of("--version") == output_of("--version", program=MODULE) != ""
 
 
-@pytest.mark.parametrize("command", ["serve", "estimate", "inspect", "gpus", "doctor"])
+@pytest.mark.parametrize("command", ["serve", "plan", "estimate", "inspect", "gpus", "doctor"])
 def test_every_command_explains_itself(command):
     assert command in output_of("--help")
     assert "--json" in output_of(command, "--help")
@@ -143,6 +143,58 @@ def test_estimate_hands_its_flags_on(model, flags, keyword):
 
 def test_a_refused_option_is_told_in_one_line(model):
     assert "cache_type_k" in refusal_of("estimate", model, "--cache-type-k", "q9_9")
+
+
+def plan_of(*arguments, **options) -> dict[str, dict]:
+    return {
+        model["id"]: model
+        for model in json.loads(output_of("plan", *arguments, "--json", **options))["models"]
+    }
+
+
+@pytest.fixture
+def big_models(tmp_path) -> Path:
+    for name, layers in {"small": 8, "middle": 16, "large": 64}.items():
+        write_sparse(tmp_path / f"{name}.gguf", layers=layers, vocabulary=1000)
+    return tmp_path
+
+
+def test_plan_places_each_model_beside_those_before_it(big_models):
+    planned = plan_of(big_models, "--gpu", "8GiB", "--gpu", "6GiB")
+    assert planned["large"]["placement"]["mode"] == "multi"
+    assert sum(planned["large"]["placement"]["layers"]) == 65
+    assert (planned["middle"]["placement"], planned["middle"]["fits_alone"]) == (None, True)
+    assert planned["small"]["placement"]["gpu_indices"] == [0, 1]
+    table = output_of("plan", big_models, "--gpu", "8GiB", "--gpu", "6GiB")
+    assert "GPU 0 + 1" in table
+    assert "waits" in table
+
+
+def test_plan_says_by_how_much_a_model_does_not_fit(big_models):
+    planned = plan_of(big_models, "--gpu", "1GiB")
+    assert not planned["large"]["fits_alone"]
+    assert "GiB" in planned["large"]["problem"]
+
+
+def test_plan_takes_pinned_models_first(big_models):
+    config = big_models / "c.yaml"
+    config.write_text("models: {small: {pinned: true}}")
+    assert next(iter(plan_of(big_models, "--config", config, "--gpu", "9GiB"))) == "small"
+
+
+def test_plan_uses_the_gpus_of_this_machine(big_models, fake_nvml):
+    fake_nvml.set_gpus([FakeGpu(uuid="GPU-a", total_bytes=80 * 1024 * MIB)])
+    planned = plan_of(big_models)
+    assert {model["placement"]["gpu_uuids"][0] for model in planned.values()} == {"GPU-a"}
+
+
+def test_plan_without_a_gpu_says_that_all_runs_on_the_cpu(big_models):
+    assert output_of("plan", big_models).startswith("No GPU (the NVIDIA driver library could not be loaded")
+    assert {model["placement"]["mode"] for model in plan_of(big_models).values()} == {"cpu"}
+
+
+def test_plan_asks_for_sizes_it_can_read(big_models):
+    assert "should be sizes such as 24GiB" in refusal_of("plan", big_models, "--gpu", "much")
 
 
 def test_a_file_that_is_not_there_is_named():

@@ -30,6 +30,7 @@ app = App(
 for _order, (_name, _purpose) in enumerate(
     {
         "serve": "Serve models through one OpenAI-compatible endpoint.",
+        "plan": "Show which models can be on the GPUs together, and where.",
         "estimate": "Show how much memory a model takes, per device.",
         "inspect": "Show what a GGUF file holds.",
         "gpus": "Show the GPUs and what is free on them.",

@@ -77,6 +77,6 @@ def serve(
     }
     settings = load_config(config, overrides)
     configure_logs(settings.log)
-    from llama_gpu.api.run import serve as run  # type: ignore[import-not-found,unused-ignore] # noqa: PLC0415
+    from llama_gpu.api.run import serve as run  # noqa: PLC0415 - a wrong setting is told without it
 
-    return int(asyncio.run(run(settings)))
+    return asyncio.run(run(settings))

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 # Piped output is as wide as it needs to be; a terminal folds it.
-_UNBOUNDED = 240
+_UNBOUNDED = 160
 
 
 def size(count: int | None) -> str:
