@@ -73,10 +73,11 @@ class TestMemory:
         assert gpu.processes == (lg.GpuProcess(8, 2 * GIB),)
         assert gpu.health == "ok"
 
+    @pytest.mark.parametrize("name", ["NVIDIA GeForce RTX 5090", "NVIDIA GB100"])
     def test_not_supported_on_a_discrete_gpu_is_unknown_and_not_the_systems_memory(
-        self, fake_nvml: FakeNvml
+        self, fake_nvml: FakeNvml, name: str
     ) -> None:
-        gpu = only_gpu(fake_nvml, FakeGpu(name="NVIDIA GeForce RTX 5090", total_bytes=None))
+        gpu = only_gpu(fake_nvml, FakeGpu(name=name, total_bytes=None))
         assert (gpu.total_bytes, gpu.free_bytes, gpu.unified) == (None, None, False)
         assert (gpu.health, gpu.accepts_models) == ("degraded", False)
 

@@ -60,10 +60,11 @@ pub(super) fn read(nvml: &Nvml, device: &Device<'_>) -> Result<Memory, Failure> 
 
 /// The system's memory, for a GPU that is known to share it.
 pub(super) fn of_the_system(host: &Host, gpu: &Gpu) -> Option<Memory> {
-    let named = gpu
-        .name
-        .as_ref()
-        .is_some_and(|name| UNIFIED_NAMES.iter().any(|word| name.contains(word)));
+    // Whole words: a GB100 is no GB10.
+    let named = gpu.name.as_ref().is_some_and(|name| {
+        name.split(|letter: char| !letter.is_alphanumeric())
+            .any(|word| UNIFIED_NAMES.contains(&word))
+    });
     if !named && !host.is_tegra() {
         return None;
     }
