@@ -129,6 +129,8 @@ impl Builder<'_> {
 
     /// The Hadamard matrix that a quantised cache is rotated by, where all its layers have one head size (`build_input_k_rot`).
     fn rotation(&mut self, sliding: bool, keys: bool) -> TensorId {
+        // the input of a hybrid with sliding layers has none (`build_inp_mem_hybrid_iswa`)
+        let hybrid = self.hyper.sliding_window.is_some() && self.hyper.recurrent.contains(&true);
         let element = if keys {
             self.batch.cache_type_k
         } else {
@@ -142,7 +144,11 @@ impl Builder<'_> {
                 hyper.value_length_of(il)
             })
         };
-        if !element.is_quantized() || length(0) % 64 != 0 || (!keys && hyper.latent_attention) {
+        if hybrid
+            || !element.is_quantized()
+            || length(0) % 64 != 0
+            || (!keys && hyper.latent_attention)
+        {
             return NONE;
         }
         let mut lengths = (0..hyper.layer_count())
@@ -391,6 +397,7 @@ impl Builder<'_> {
             let k = half(self, k);
             let v = half(self, v);
             cur = self.g.flash_attention([q, k, v, mask, extras.sinks]);
+            self.g.attentions.push((cur, self.layer()));
             if extras.value_expansion.is_some() {
                 cur = self.g.permute(cur, [0, 2, 1, 3]);
                 cur = self.g.mul_mat(extras.value_expansion, cur);

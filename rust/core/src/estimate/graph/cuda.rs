@@ -95,11 +95,3 @@ pub(super) fn flash_attention_bytes(graph: &Graph, tensor: &Tensor, bytes: i64) 
     );
     total
 }
-
-/// Whether some flash attention would not run where its layer is, so that `-fa auto` turns it off (`resolve_fused_ops`).
-pub(super) fn lacks_a_kernel(graph: &Graph, batch: &super::reserve::Batch<'_>) -> bool {
-    batch.cpu() > 0
-        && graph.nodes.iter().map(|id| graph.get(*id)).any(|tensor| {
-            tensor.op == Op::FlashAttention && !supports_flash_attention(graph, tensor)
-        })
-}

@@ -17,6 +17,10 @@
     reason = "operations and parts are there for the families that are still to be described"
 )]
 #![expect(
+    clippy::many_single_char_names,
+    reason = "q, k, v, x, a and b are what papers and llama.cpp call them"
+)]
+#![expect(
     clippy::arithmetic_side_effects,
     clippy::cast_possible_truncation,
     clippy::cast_possible_wrap,
@@ -36,6 +40,7 @@ mod ops;
 mod repeats;
 mod reserve;
 mod scheduler;
+mod states;
 mod tensor;
 
 use std::cell::RefCell;
@@ -88,7 +93,8 @@ fn plan(
     may_do_without: bool,
 ) -> Option<ComputeBytes> {
     let exact = families::build(&mut w.graph, facts, &batch)?;
-    if batch.cuda && may_do_without && cuda::lacks_a_kernel(&w.graph, &batch) {
+    let asks = may_do_without && batch.may_stray(&facts.hyperparameters);
+    if asks && !w.schedule.attends_at_home(&w.graph, &batch) {
         batch.flash_attention = false;
         families::build(&mut w.graph, facts, &batch);
     }

@@ -14,6 +14,8 @@ pub(super) struct Graph {
     pub(super) leaves: Vec<TensorId>,
     /// Tensors and nodes there were when each layer began.
     pub(super) marks: Vec<Mark>,
+    /// Flash attentions and their layers.
+    pub(super) attentions: Vec<(TensorId, usize)>,
     /// Rounds of layers that stand for more.
     pub(super) repeats: Vec<Repeat>,
 }
@@ -46,6 +48,7 @@ impl Graph {
         self.leaves.clear();
         self.marks.clear();
         self.repeats.clear();
+        self.attentions.clear();
     }
 
     /// Notes that a layer begins.
@@ -380,6 +383,33 @@ impl Graph {
             *n = n.saturating_add(*m);
         }
         self.result(Op::Other, element, ne, &[a, b])
+    }
+
+    /// `ggml_ssm_conv`.
+    pub(super) fn ssm_conv(&mut self, x: TensorId, kernel: TensorId) -> TensorId {
+        let ([x0, _, x2, _], [k0, k1, ..]) = (self.ne(x), self.ne(kernel));
+        self.result(
+            Op::Other,
+            GgmlType::F32,
+            [k1, x0 - k0 + 1, x2, 1],
+            &[x, kernel],
+        )
+    }
+
+    /// `ggml_ssm_scan`: the outputs and, behind them, the new states.
+    pub(super) fn ssm_scan(&mut self, [s, x, dt, a, b, c, ids]: [TensorId; 7]) -> TensorId {
+        let [s0, s1, s2, _] = self.ne(s);
+        let states = s0
+            .saturating_mul(s1)
+            .saturating_mul(s2)
+            .saturating_mul(self.ne(ids)[0]);
+        let elements = self.get(x).elements().saturating_add(states);
+        self.result(
+            Op::Other,
+            GgmlType::F32,
+            [elements, 1, 1, 1],
+            &[s, x, dt, a, b, c, ids],
+        )
     }
 
     pub(super) fn flash_attention(&mut self, [q, k, v, mask, sinks]: [TensorId; 5]) -> TensorId {

@@ -109,6 +109,13 @@ impl<'a> Batch<'a> {
         }
     }
 
+    /// Whether some flash attention might not run where its layer is.
+    pub(super) fn may_stray(&self, hyper: &Hyperparameters) -> bool {
+        let mixed =
+            hyper.recurrent.contains(&true) && self.layout.layers.iter().any(Option::is_none);
+        self.layout.devices > 0 && (self.cuda || !self.options.kv_offload || mixed)
+    }
+
     pub(super) fn backends(&self) -> Backends {
         let offloaded =
             self.layout.output.is_some() && self.layout.layers.iter().all(Option::is_some);
@@ -120,6 +127,7 @@ impl<'a> Batch<'a> {
             devices: self.cpu(),
             copies: if pipelined { PIPELINE_COPIES } else { 1 },
             cuda: self.cuda,
+            offloads: self.cuda,
         }
     }
 

@@ -5,6 +5,7 @@
 //! are asked for here.
 
 use super::ops::Graph;
+use super::reserve::Batch;
 use super::tensor::{Op, Storage, Tensor, TensorId};
 
 /// Copies of every input under pipeline parallelism (`GGML_SCHED_MAX_COPIES`).
@@ -16,8 +17,10 @@ pub(super) struct Backends {
     pub(super) devices: u8,
     /// 1, or [`PIPELINE_COPIES`].
     pub(super) copies: usize,
-    /// Devices lack some flash attention shapes, and run operations on host weights when the batch is large.
+    /// Devices lack some flash attention shapes.
     pub(super) cuda: bool,
+    /// Devices run operations on host weights, as they do for large batches.
+    pub(super) offloads: bool,
 }
 
 impl Backends {
@@ -98,6 +101,24 @@ impl Schedule {
         self.split(graph, backends);
         self.collect(graph, backends);
         self.find_rounds(graph)
+    }
+
+    /// Whether every flash attention runs where its layer is (`llama_context::resolve_fused_ops`).
+    pub(super) fn attends_at_home(&mut self, graph: &Graph, batch: &Batch<'_>) -> bool {
+        self.backend_of.clear();
+        self.backend_of.resize(graph.tensors.len(), UNASSIGNED);
+        // the graph that llama.cpp asks with has too few tokens to offload anything
+        self.assign(
+            graph,
+            Backends {
+                offloads: false,
+                ..batch.backends()
+            },
+        );
+        graph
+            .attentions
+            .iter()
+            .all(|(id, il)| self.backend(*id) == batch.layer_backend(*il))
     }
 
     fn find_rounds(&mut self, graph: &Graph) -> bool {
@@ -416,7 +437,7 @@ fn preferred(graph: &Graph, id: TensorId, backends: Backends) -> u8 {
         }
         if let Storage::Weights(backend) = storage {
             let offload =
-                backend == backends.cpu() && backends.cuda && super::cuda::offloads(tensor);
+                backend == backends.cpu() && backends.offloads && super::cuda::offloads(tensor);
             return if offload { 0 } else { backend };
         }
     }

@@ -2,6 +2,9 @@
 
 mod decoder;
 mod describe;
+mod hybrid;
+mod latent;
+mod mamba;
 mod special;
 
 use super::builder::Builder;
@@ -18,11 +21,30 @@ pub(super) fn build(graph: &mut Graph, facts: &ModelFacts, batch: &Batch<'_>) ->
         decoder.build(&mut builder);
         return Some(true);
     }
+    if let Some(build) = own_graph(builder.model.architecture()) {
+        build(&mut builder);
+        return Some(true);
+    }
     let attends = ["attn_q.weight", "attn_qkv.weight"]
         .iter()
         .any(|name| facts.graph.weight(0, name).is_some());
     attends.then(|| {
         decoder::Decoder::PLAIN.build(&mut builder);
         false
+    })
+}
+
+/// Architectures with a graph of their own.
+fn own_graph(architecture: &str) -> Option<fn(&mut Builder<'_>)> {
+    Some(match architecture {
+        "deepseek2" | "deepseek2-ocr" | "mistral4" => latent::deepseek2,
+        "mamba" | "mamba2" => hybrid::mamba,
+        "jamba" => hybrid::jamba,
+        "nemotron_h" | "nemotron_h_moe" => hybrid::nemotron,
+        "falcon-h1" => hybrid::falcon,
+        "granitehybrid" => hybrid::granite,
+        "lfm2" | "lfm2moe" => hybrid::lfm2,
+        "plamo2" => hybrid::plamo2,
+        _ => return None,
     })
 }
