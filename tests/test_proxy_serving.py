@@ -178,3 +178,19 @@ def test_a_pinned_model_is_loaded_at_start_and_an_idle_one_leaves_after_its_time
         assert proxy.chat("bee").status_code == 200
         proxy.wait_for_line("unload bee: idle for")
         proxy.wait_until(lambda state: [server["model_id"] for server in state["servers"]] == ["ant"])
+
+
+def test_a_model_whose_file_is_deleted_while_it_is_served_does_not_stop_the_others(
+    models: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "few"
+    folder.mkdir()
+    (folder / "ant.gguf").write_bytes((models / "ant.gguf").read_bytes())
+    (folder / "bee.gguf").write_bytes((models / "bee.gguf").read_bytes())
+    config = {"server_pool": {"size": 1}}
+    with running_proxy(folder, config=config, folder=tmp_path) as proxy:
+        assert proxy.chat("ant").status_code == 200
+        (folder / "ant.gguf").unlink()
+        assert [model["id"] for model in proxy.get("/v1/models")["data"]] == ["bee"]
+        assert proxy.chat("bee").status_code == 200
+        assert proxy.chat("ant").status_code == 404

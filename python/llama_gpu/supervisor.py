@@ -22,7 +22,7 @@ from llama_gpu import GpuSnapshot
 from llama_gpu.catalog import Catalog, ModelEntry
 from llama_gpu.config import Config
 from llama_gpu.engine import find_engine
-from llama_gpu.errors import LlamaGpuError, ModelFileError, ServerError
+from llama_gpu.errors import LlamaGpuError, ModelFileError, ServerError, UnknownModelError
 from llama_gpu.launch import Engine, plan_launch
 from llama_gpu.measured import measured_by_gpu
 from llama_gpu.monitor import REFRESH_TIMEOUT_SECONDS, GpuMonitor
@@ -79,6 +79,8 @@ class Supervisor:
         self._tasks: set[asyncio.Task[None]] = set()
         self._ports = Ports(config.server_pool.bind_host, config.server_pool.port_start)
         self._stopping: set[str] = set()
+        self._asked_for: dict[str, ModelEntry] = {}
+        self._scan: asyncio.Future[Catalog] | None = None
         self._told_mode: tuple[bool, str | None] | None = None
         self._closing = False
         self.started_at = int(time.time())
@@ -123,8 +125,13 @@ class Supervisor:
     # -- what requests use -------------------------------------------------------------------
 
     def entry(self, model: str) -> ModelEntry:
-        """The catalogue's entry of this id; raises ``UnknownModelError``."""
-        return self.catalog.find(model)
+        """The entry of this id, also of a resident whose file has gone; raises ``UnknownModelError``."""
+        try:
+            return self.catalog.find(model)
+        except UnknownModelError:
+            if model in self._asked_for:
+                return self._asked_for[model]
+            raise
 
     async def look_up(self, name: str) -> ModelEntry:
         """As ``entry``, but looks at the folders again before it says that there is none."""
@@ -134,8 +141,13 @@ class Supervisor:
         return self.catalog.find(name)
 
     async def rescan(self) -> None:
-        """Read the model folders again; running servers are left alone."""
-        self.catalog = await asyncio.to_thread(self._rescan)
+        """Read the model folders again; running servers are left alone. Many at once scan once."""
+        if self._scan is None or self._scan.done():
+            self._scan = asyncio.ensure_future(asyncio.to_thread(self._rescan))
+        try:
+            self.catalog = await asyncio.shield(self._scan)
+        except (LlamaGpuError, OSError) as error:
+            _log.warning(f"the model folders cannot be read again: {error}")
 
     @contextlib.asynccontextmanager
     async def acquire(self, model: str) -> AsyncIterator[Server]:
@@ -146,7 +158,7 @@ class Supervisor:
         """
         if self._closing:
             raise ServerError("the proxy is shutting down", model=model)
-        entry = self.entry(model)
+        entry = self._asked_for[model] = self.catalog.find(model)
         if entry.error is not None:
             raise ModelFileError(entry.error, path=str(entry.path))
         if model not in self.scheduler.residents:
@@ -230,6 +242,10 @@ class Supervisor:
             await server.start()
         except LlamaGpuError as failure:
             self._start_failed(model, failure)
+            return
+        except Exception as failure:  # noqa: BLE001 - whatever it was, its requests must end
+            _log.exception(f"{model} did not start")
+            self._start_failed(model, ServerError(f"{model} did not start: {failure!r}", model=model))
             return
         seconds = server.started_seconds or 0.0
         _log.info(f"{model} is ready after {seconds:.2f} s", pid=server.pid, port=server.port)
