@@ -56,7 +56,7 @@ $(DONE)/run: $(DONE)/venv constraints.txt pyproject.toml
 	touch $@
 
 $(DONE)/dev: $(DONE)/run
-	$(PIP) $(PINNED) --group dev
+	$(PIP) $(PINNED) --group development
 	touch $@
 
 $(DONE)/release: $(DONE)/run $(RUST) | toolchain
