@@ -38,23 +38,11 @@ impl Array {
 
     /// The elements, from the bytes at [`Self::place`].
     pub(super) fn items_of(&self, bytes: Vec<u8>) -> Items {
-        let mut starts = Vec::new();
-        if self.element.fixed_bytes().is_none() {
-            // One entry per element that is there: `bytes` bounds it, whatever `len` says.
-            let mut cursor = Cursor::new(SliceSource::new(&bytes), bytes.len() as u64);
-            cursor.order = self.order;
-            for _ in 0..self.len {
-                starts.push(cursor.offset());
-                let skipped = match self.element {
-                    ValueType::Array => skip_array_items(&mut cursor, 1, 0),
-                    _ => cursor.skip_strings(1, "a string"),
-                };
-                if skipped.is_err() {
-                    starts.pop();
-                    break;
-                }
-            }
-        }
+        let starts = if self.element.fixed_bytes().is_none() {
+            self.starts(&bytes)
+        } else {
+            Vec::new()
+        };
         Items {
             element: self.element,
             order: self.order,
@@ -62,6 +50,31 @@ impl Array {
             bytes,
             starts,
         }
+    }
+
+    /// Where each element begins within `bytes`, which bounds their number whatever `len` says.
+    fn starts(&self, bytes: &[u8]) -> Vec<u32> {
+        let most = (bytes.len() as u64)
+            .checked_div(self.element.least_bytes())
+            .unwrap_or_default();
+        let count = self.len.min(most);
+        let mut starts = Vec::with_capacity(usize::try_from(count).unwrap_or_default());
+        let mut cursor = Cursor::new(SliceSource::new(bytes), bytes.len() as u64);
+        cursor.order = self.order;
+        for _ in 0..count {
+            let Ok(start) = u32::try_from(cursor.offset()) else {
+                break;
+            };
+            let skipped = match self.element {
+                ValueType::Array => skip_array_items(&mut cursor, 1, 0),
+                _ => cursor.skip_strings(1, "a string"),
+            };
+            if skipped.is_err() {
+                break;
+            }
+            starts.push(start);
+        }
+        starts
     }
 
     pub(super) fn fixed_values(&self) -> impl Iterator<Item = Value> + '_ {
@@ -82,7 +95,7 @@ pub struct Items {
     order: ByteOrder,
     origin: u64,
     bytes: Vec<u8>,
-    starts: Vec<u64>,
+    starts: Vec<u32>,
 }
 
 impl Items {

@@ -105,6 +105,8 @@ pub(super) struct FileSource<'a> {
 impl<'a> FileSource<'a> {
     /// Fits the second-level cache, so that strings are walked where they were just put.
     const WINDOW_BYTES: u64 = 256 << 10;
+    /// Holds the whole header of a model without a large vocabulary.
+    const FIRST_BYTES: usize = 32 << 10;
 
     pub(super) fn new(file: &'a File, file_bytes: u64) -> Self {
         let window = usize::try_from(file_bytes.min(Self::WINDOW_BYTES)).unwrap_or_default();
@@ -139,8 +141,14 @@ impl Source for FileSource<'_> {
         if wanted > self.buffer.len() {
             self.buffer.resize(wanted, 0);
         }
+        let limit = if offset == 0 {
+            wanted.max(Self::FIRST_BYTES)
+        } else {
+            self.buffer.len()
+        };
+        let limit = limit.min(self.buffer.len());
         while self.length < wanted {
-            let space = self.buffer.get_mut(self.length..).unwrap_or_default();
+            let space = self.buffer.get_mut(self.length..limit).unwrap_or_default();
             match self.file.read(space) {
                 Ok(0) => break,
                 Ok(count) => self.length = self.length.saturating_add(count),
@@ -254,11 +262,14 @@ impl<S: Source> Cursor<S> {
             self.position = self.position.saturating_add(count);
         } else {
             // The last byte is looked at, so that a slice which is shorter than the file is noticed.
-            let last = self.offset().saturating_add(count).saturating_sub(1);
+            let offset = self.offset();
+            let last = offset.saturating_add(count).saturating_sub(1);
             self.source.move_to(last, 1).map_err(Stop::Source)?;
+            if self.source.window().is_empty() {
+                return Err(GgufErrorKind::Truncated { reading }.at(offset).into());
+            }
             self.start = last;
-            self.position = 0;
-            self.bytes(1, reading)?;
+            self.position = 1;
         }
         Ok(())
     }

@@ -10,11 +10,11 @@ use super::tensor::{TensorInfo, check_layout};
 use super::value::{Value, ValueType};
 
 /// The most bytes of a header that are walked; real ones have up to some 20 MiB.
-pub const MAX_HEADER_BYTES: u64 = 1 << 30;
+pub const MAX_HEADER_BYTES: u64 = 256 << 20;
 /// The most metadata entries; real headers have some 50.
-pub const MAX_METADATA: u64 = 1 << 16;
-/// The most tensors; the largest real models have some 70,000 before their experts are joined.
-pub const MAX_TENSORS: u64 = 1 << 17;
+pub const MAX_METADATA: u64 = 1 << 14;
+/// The most tensors; the largest real models have some 2,000.
+pub const MAX_TENSORS: u64 = 1 << 16;
 /// The deepest that arrays may lie within arrays.
 pub const MAX_NESTED_ARRAYS: u32 = 8;
 
@@ -23,7 +23,7 @@ const MAX_KEPT_STRING_BYTES: u64 = 128 << 10;
 /// Arrays of up to so many numbers are kept: one per layer, never one per token.
 const MAX_KEPT_NUMBERS: u64 = 4096;
 /// What keys, strings and small arrays of one header may take together.
-const MAX_KEPT_BYTES: u64 = 16 << 20;
+const MAX_KEPT_BYTES: u64 = 8 << 20;
 const MAX_KEY_BYTES: u64 = 65_535;
 const DEFAULT_ALIGNMENT: u64 = 32;
 
