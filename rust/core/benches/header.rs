@@ -8,6 +8,10 @@
     clippy::arithmetic_side_effects,
     missing_docs
 )]
+#![allow(
+    clippy::semicolon_if_nothing_returned,
+    reason = "what a closure returns is what is measured"
+)]
 
 #[path = "../tests/support/gguf_bytes.rs"]
 #[allow(dead_code, reason = "the tests use the rest of it")]

@@ -172,8 +172,7 @@ fn an_alignment_of_its_own_moves_the_data() {
 /// Block lengths and sizes as `type_traits` (ggml.c) and the `static_assert`s of ggml-common.h give them.
 #[test]
 fn every_ggml_type_has_its_number_and_size() {
-    let bits_per_weight =
-        |kind: GgmlType| kind.block_bytes() as f64 * 8.0 / kind.block_elements() as f64;
+    let bits_per_10_000 = |kind: GgmlType| kind.block_bytes() * 80_000 / kind.block_elements();
     assert_eq!(GgmlType::ALL.len(), 35);
     for kind in GgmlType::ALL {
         assert_eq!(GgmlType::from_number(kind.number()), Some(*kind));
@@ -191,13 +190,13 @@ fn every_ggml_type_has_its_number_and_size() {
     );
     assert_eq!(GgmlType::from_number(43), None);
     for (kind, bits) in [
-        (GgmlType::Q4_K, 4.5),
-        (GgmlType::Q6_K, 6.5625),
-        (GgmlType::IQ1_S, 1.5625),
-        (GgmlType::MXFP4, 4.25),
-        (GgmlType::TQ1_0, 1.6875),
-        (GgmlType::Q8_0, 8.5),
+        (GgmlType::Q4_K, 45_000),
+        (GgmlType::Q6_K, 65_625),
+        (GgmlType::IQ1_S, 15_625),
+        (GgmlType::MXFP4, 42_500),
+        (GgmlType::TQ1_0, 16_875),
+        (GgmlType::Q8_0, 85_000),
     ] {
-        assert!((bits_per_weight(kind) - bits).abs() < 1e-12, "{kind:?}");
+        assert_eq!(bits_per_10_000(kind), bits, "{kind:?}");
     }
 }
