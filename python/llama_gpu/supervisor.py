@@ -18,7 +18,7 @@ from typing import Any, Self
 import aiohttp
 import structlog
 
-from llama_gpu import GpuSnapshot
+from llama_gpu import GpuSnapshot, has_host_pids
 from llama_gpu.catalog import Catalog, ModelEntry
 from llama_gpu.config import Config
 from llama_gpu.engine import find_engine
@@ -249,11 +249,13 @@ class Supervisor:
             return
         seconds = server.started_seconds or 0.0
         _log.info(f"{model} is ready after {seconds:.2f} s", pid=server.pid, port=server.port)
-        if server.pid is not None:
-            self.scheduler.server_started(model, server.pid)
+        # In a container the driver may know our servers by other process ids, or others by ours.
+        pid = server.pid if has_host_pids() else None
+        if pid is not None:
+            self.scheduler.server_started(model, pid)
         await self._freshen()
         estimated = start.assignment.bytes_by_gpu
-        measured = measured_by_gpu(self.snapshot.gpus, server.pid, estimated, server.buffers)
+        measured = measured_by_gpu(self.snapshot.gpus, pid, estimated, server.buffers)
         self._decide(lambda now: self.scheduler.server_ready(model, now, measured_by_gpu=measured))
         await server.wait_exited()
         await self._exited(model, server)
