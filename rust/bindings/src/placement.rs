@@ -1,9 +1,12 @@
 //! `place` with its question (`Policy`, `Running`) and its answer (`Placement`, `PlacedDevice`).
 
+use std::sync::{Arc, Mutex, PoisonError};
+
 use llama_gpu_core::gpu::Gpu;
+use llama_gpu_core::model::ModelFacts;
 use llama_gpu_core::placement::{
-    DoesNotFit, GpuName, Mode, PlaceError, PlacedDevice, Placement, Policy, Running, UnknownChoice,
-    place as place_model,
+    DoesNotFit, GpuName, Mode, PlaceError, PlacedDevice, Placement, Policy, Remembered, Running,
+    UnknownChoice, place_again,
 };
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
@@ -426,6 +429,72 @@ fn elements<'py, Class: pyo3::PyClass>(
     Ok(found)
 }
 
+/// Models that have been asked about, with what was estimated of them; the latest comes last.
+static KNOWN: Mutex<Vec<KnownModel>> = Mutex::new(Vec::new());
+const MOST_KNOWN: usize = 64;
+
+struct KnownModel {
+    facts: Arc<ModelFacts>,
+    parsed: ParsedOptions,
+    remembered: Remembered,
+}
+
+impl KnownModel {
+    /// What is known of the model with these options; another thread finds nothing meanwhile.
+    fn take(facts: Arc<ModelFacts>, parsed: ParsedOptions) -> Self {
+        let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+        let same = |one: &KnownModel| {
+            Arc::ptr_eq(&one.facts, &facts)
+                && one.parsed.options == parsed.options
+                && one.parsed.projector == parsed.projector
+                && match (&one.parsed.draft, &parsed.draft) {
+                    (None, None) => true,
+                    (Some(one), Some(other)) => Arc::ptr_eq(one, other),
+                    _ => false,
+                }
+        };
+        match known.iter().rposition(same) {
+            Some(place) => known.remove(place),
+            None => Self {
+                facts,
+                parsed,
+                remembered: Remembered::default(),
+            },
+        }
+    }
+
+    fn place(
+        &mut self,
+        gpus: &[&Gpu],
+        policy: &Policy,
+        running: &[&Running],
+    ) -> Result<Placement, PlaceError> {
+        let Self {
+            facts,
+            parsed,
+            remembered,
+        } = self;
+        let companions = parsed.companions();
+        place_again(
+            facts,
+            &parsed.options,
+            companions,
+            remembered,
+            gpus,
+            policy,
+            running,
+        )
+    }
+
+    fn keep(self) {
+        let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.len() >= MOST_KNOWN {
+            known.remove(0);
+        }
+        known.push(self);
+    }
+}
+
 #[pyfunction]
 #[pyo3(
     signature = (model, gpus, *, policy=None, running=None, **options),
@@ -453,14 +522,9 @@ pub(crate) fn place(
     };
     let running: Vec<&Running> = running.iter().map(|model| &model.get().0).collect();
     let gpus = Gpus::from_any(gpus)?;
-    let placed = place_model(
-        &facts,
-        &parsed.options,
-        parsed.companions(),
-        &gpus.as_refs(),
-        policy,
-        &running,
-    );
+    let mut known = KnownModel::take(facts, parsed);
+    let placed = known.place(&gpus.as_refs(), policy, &running);
+    known.keep();
     placed.map(PyPlacement).map_err(|error| match error {
         PlaceError::Estimate(error) => estimate_error(py, &header, &error),
         PlaceError::DoesNotFit(refusal) => does_not_fit(py, &refusal),

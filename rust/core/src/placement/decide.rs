@@ -179,7 +179,7 @@ impl<'a, M: MemoryModel, G: Borrow<Gpu>> Search<'a, M, G> {
         }
         let pool = self.pool(&nobody);
         for devices in self.set_sizes() {
-            let found = self.settle(Step::Several, wanted, devices, &nobody, |chain| {
+            let found = self.settle(Step::Several, wanted, devices, &pool, &nobody, |chain| {
                 let set = pool.best_set(chain, self.strategy())?;
                 Some((set, Cover::default()))
             })?;
@@ -203,6 +203,7 @@ impl<'a, M: MemoryModel, G: Borrow<Gpu>> Search<'a, M, G> {
                 Step::SeveralEvicting,
                 wanted,
                 devices,
+                &pool,
                 &evictable,
                 |chain| evict::several(&pool, chain, &evictable, self.strategy()),
             )?;
@@ -229,7 +230,7 @@ impl<'a, M: MemoryModel, G: Borrow<Gpu>> Search<'a, M, G> {
                         self.decision(Step::Partial, on, &nobody, &[count(layers)], &[need])
                     })
                 } else {
-                    self.settle(Step::Partial, layers, devices, &nobody, |chain| {
+                    self.settle(Step::Partial, layers, devices, &pool, &nobody, |chain| {
                         let set = pool.best_set(chain, self.strategy())?;
                         Some((set, Cover::default()))
                     })?
@@ -251,9 +252,15 @@ impl<'a, M: MemoryModel, G: Borrow<Gpu>> Search<'a, M, G> {
         step: Step,
         wanted: usize,
         devices: usize,
+        pool: &Pool<'_>,
         evictable: &Evictable,
         choose: impl Fn(&Chain<'_>) -> Option<(Vec<usize>, Cover)>,
     ) -> Result<Option<Decision>, M::Error> {
+        let all = self.layers.count();
+        let layer_bytes = self.layers.between(all.saturating_sub(wanted), all);
+        if !pool.could_hold(devices, layer_bytes) {
+            return Ok(None);
+        }
         let mut chain = self.chain(wanted, devices)?;
         for _ in 0..REPAIRS {
             let Some((set, cover)) = choose(&chain) else {
@@ -298,17 +305,17 @@ impl<'a, M: MemoryModel, G: Borrow<Gpu>> Search<'a, M, G> {
     }
 
     fn evictable(&self, running: &[&Running]) -> Evictable {
-        let by_uuid: HashMap<&str, usize> = self
-            .candidates
-            .iter()
-            .enumerate()
-            .filter_map(|(place, one)| {
-                Some((self.gpus.get(one.slot)?.borrow().uuid.as_str(), place))
-            })
-            .collect();
-        Evictable::new(running, self.policy.priority, |uuid| {
-            by_uuid.get(uuid).copied()
-        })
+        let holders = running.iter().flat_map(|model| &model.bytes_by_gpu);
+        let mut places: HashMap<&str, Option<usize>> =
+            holders.map(|(uuid, _)| (uuid.as_str(), None)).collect();
+        for (place, candidate) in self.candidates.iter().enumerate() {
+            let gpu = self.gpus.get(candidate.slot).map(Borrow::<Gpu>::borrow);
+            if let Some(known) = gpu.and_then(|gpu| places.get_mut(gpu.uuid.as_str())) {
+                *known = Some(place);
+            }
+        }
+        let place_of = |uuid: &str| places.get(uuid).copied().flatten();
+        Evictable::new(running, self.policy.priority, place_of)
     }
 
     /// The GPUs that can be joined, with what they have once all who may have left.

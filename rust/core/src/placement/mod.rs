@@ -25,5 +25,7 @@ mod words;
 
 pub use decide::{Decision, MemoryModel, Share, Step, decide};
 pub use ledger::{BytesByPool, Claim, HOST, Lease, LeaseState, Ledger, Refused};
-pub use place::{DoesNotFit, Mode, PlaceError, PlacedDevice, Placement, place};
+pub use place::{
+    DoesNotFit, Mode, PlaceError, PlacedDevice, Placement, Remembered, place, place_again,
+};
 pub use policy::{CpuUse, GpuName, Policy, Running, Strategy, UnknownChoice};

@@ -1,5 +1,7 @@
 //! Which GPUs: the one that suits best, or the smallest set that holds the model.
 
+use std::cmp::Reverse;
+
 use super::candidate::Candidate;
 use super::policy::Strategy;
 use super::split::{Chain, MAX_DEVICES};
@@ -117,15 +119,14 @@ impl<'a> Pool<'a> {
         rank(members, kinds, strategy)
     }
 
-    /// Whether the largest have enough together; cheap, and mostly the answer.
-    fn could_fit(&self, chain: &Chain<'_>) -> bool {
-        let most = self.largest.get(chain.devices());
-        most.is_some_and(|&bytes| bytes >= chain.total())
+    /// Whether the largest so many have `bytes` together; cheap, and mostly the answer.
+    pub(crate) fn could_hold(&self, devices: usize, bytes: u128) -> bool {
+        self.largest.get(devices).is_some_and(|&most| most >= bytes)
     }
 
     /// The best set of as many GPUs as the chain has devices, or `None` if no set holds it.
     pub(crate) fn best_set(&self, chain: &Chain<'_>, strategy: Strategy) -> Option<Vec<usize>> {
-        if !self.could_fit(chain) {
+        if !self.could_hold(chain.devices(), chain.total()) {
             return None;
         }
         if combinations(self.members.len(), chain.devices()) <= FEW_SETS {
@@ -184,19 +185,15 @@ impl<'a> Pool<'a> {
 
     /// The sets that hold the chain: all of them where they are few, else some of the best.
     pub(crate) fn sets_that_fit(&self, chain: &Chain<'_>) -> Vec<Vec<usize>> {
-        if !self.could_fit(chain) {
+        if !self.could_hold(chain.devices(), chain.total()) {
             return Vec::new();
         }
         let few = combinations(self.members.len(), chain.devices()) <= FEW_SETS;
-        let mut list: Vec<usize> = (0..self.members.len()).collect();
-        if !few {
-            // The fullest GPUs are the dearest to clear.
-            list.sort_by_key(|&member| {
-                std::cmp::Reverse(self.members.get(member).map(|one| one.free))
-            });
-            list.truncate(SHORT_LIST.max(chain.devices()));
-            list.sort_unstable();
-        }
+        let list = if few {
+            (0..self.members.len()).collect()
+        } else {
+            self.short_list()
+        };
         let mut sets: Vec<_> = Combinations::of(&list, chain.devices())
             .filter(|set| chain.fits(&self.budgets_of(set)))
             .collect();
@@ -204,6 +201,25 @@ impl<'a> Pool<'a> {
             sets.extend(chain.any_set(&self.budgets));
         }
         sets
+    }
+
+    /// The GPUs with the most room now, which are the cheapest to clear, and those with the most
+    /// room once everybody has left.
+    fn short_list(&self) -> Vec<usize> {
+        let mut list: Vec<usize> = (0..self.members.len()).collect();
+        let half = SHORT_LIST / 2;
+        let free = |member: &usize| self.members.get(*member).map(|one| one.free);
+        let budget = |member: &usize| self.budgets.get(*member);
+        if list.len() > half {
+            list.select_nth_unstable_by_key(half, |member| (Reverse(free(member)), *member));
+            let rest = list.get_mut(half..).unwrap_or_default();
+            if rest.len() > half {
+                rest.select_nth_unstable_by_key(half, |member| (Reverse(budget(member)), *member));
+            }
+        }
+        list.truncate(SHORT_LIST);
+        list.sort_unstable();
+        list
     }
 }
 

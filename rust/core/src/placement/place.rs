@@ -1,6 +1,7 @@
 //! `place`: the decision for a real model, with its estimate and in words.
 
 use std::borrow::Borrow;
+use std::cell::RefCell;
 use std::fmt;
 
 use super::decide::{Decision, MemoryModel, decide};
@@ -8,7 +9,8 @@ use super::explain;
 use super::policy::{Policy, Running};
 use super::refusal;
 use crate::estimate::{
-    Companions, EstimateError, EstimateOptions, MemoryEstimate, estimate_with, layer_costs,
+    Companions, DeviceMemory, EstimateError, EstimateOptions, MemoryEstimate, estimate_with,
+    layer_costs,
 };
 use crate::gpu::Gpu;
 use crate::model::ModelFacts;
@@ -109,12 +111,28 @@ impl fmt::Display for PlaceError {
 
 impl std::error::Error for PlaceError {}
 
+/// What has been estimated of one model with one set of options.
+///
+/// Estimating a split takes longer than all the rest of a decision; who asks again about the
+/// same model with the same options hands this back and is spared it.
+#[derive(Debug, Default)]
+pub struct Remembered {
+    layer_bytes: Vec<u64>,
+    splits: Vec<(Vec<u32>, MemoryEstimate)>,
+}
+
+impl Remembered {
+    /// Splits are forgotten, the oldest first, beyond this number.
+    const MOST_SPLITS: usize = 64;
+}
+
 /// A model with its options, as the search asks for it.
 pub(crate) struct Estimated<'a> {
     facts: &'a ModelFacts,
     companions: Companions<'a>,
     options: EstimateOptions,
     layer_bytes: Vec<u64>,
+    splits: RefCell<Vec<(Vec<u32>, MemoryEstimate)>>,
 }
 
 impl<'a> Estimated<'a> {
@@ -123,24 +141,55 @@ impl<'a> Estimated<'a> {
         options: &EstimateOptions,
         companions: Companions<'a>,
     ) -> Result<Self, EstimateError> {
+        Self::remembering(facts, options, companions, Remembered::default())
+    }
+
+    fn remembering(
+        facts: &'a ModelFacts,
+        options: &EstimateOptions,
+        companions: Companions<'a>,
+        remembered: Remembered,
+    ) -> Result<Self, EstimateError> {
         let options = EstimateOptions {
             devices: 1,
             tensor_split: None,
             ..options.clone()
         };
-        let costs = layer_costs(facts, &options)?;
-        let mut layer_bytes = costs.layers;
-        layer_bytes.push(costs.output);
+        let Remembered {
+            mut layer_bytes,
+            splits,
+        } = remembered;
+        if layer_bytes.is_empty() {
+            let costs = layer_costs(facts, &options)?;
+            layer_bytes = costs.layers;
+            layer_bytes.push(costs.output);
+        }
         Ok(Self {
             facts,
             companions,
             options,
             layer_bytes,
+            splits: RefCell::new(splits),
         })
     }
 
-    /// The estimate when the last layers are dealt out so.
-    pub(crate) fn split(&self, counts: &[u32]) -> Result<MemoryEstimate, EstimateError> {
+    fn into_remembered(self) -> Remembered {
+        Remembered {
+            layer_bytes: self.layer_bytes,
+            splits: self.splits.into_inner(),
+        }
+    }
+
+    /// Reads something of the estimate when the last layers are dealt out so.
+    fn split<T>(
+        &self,
+        counts: &[u32],
+        read: impl FnOnce(&MemoryEstimate) -> T,
+    ) -> Result<T, EstimateError> {
+        let mut splits = self.splits.borrow_mut();
+        if let Some((_, estimate)) = splits.iter().find(|(known, _)| known == counts) {
+            return Ok(read(estimate));
+        }
         let options = EstimateOptions {
             gpu_layers: Some(
                 counts
@@ -151,7 +200,13 @@ impl<'a> Estimated<'a> {
             tensor_split: (!counts.is_empty()).then(|| proportions(counts)),
             ..self.options.clone()
         };
-        estimate_with(self.facts, &options, self.companions)
+        let estimate = estimate_with(self.facts, &options, self.companions)?;
+        let answer = read(&estimate);
+        if splits.len() >= Remembered::MOST_SPLITS {
+            splits.remove(0);
+        }
+        splits.push((counts.to_vec(), estimate));
+        Ok(answer)
     }
 }
 
@@ -163,12 +218,13 @@ impl MemoryModel for Estimated<'_> {
     }
 
     fn device_bytes(&self, counts: &[u32]) -> Result<Vec<u64>, EstimateError> {
-        let estimate = self.split(counts)?;
-        Ok(estimate
-            .devices
-            .iter()
-            .map(crate::estimate::DeviceMemory::total_bytes)
-            .collect())
+        self.split(counts, |estimate| {
+            estimate
+                .devices
+                .iter()
+                .map(DeviceMemory::total_bytes)
+                .collect()
+        })
     }
 }
 
@@ -198,13 +254,36 @@ pub fn place<G: Borrow<Gpu>>(
     policy: &Policy,
     running: &[&Running],
 ) -> Result<Placement, PlaceError> {
-    let model = Estimated::new(facts, options, companions)?;
+    let remembered = &mut Remembered::default();
+    place_again(
+        facts, options, companions, remembered, gpus, policy, running,
+    )
+}
+
+/// As [`place`], for a model and options that `remembered` has been handed to before, or new.
+///
+/// # Errors
+/// As [`place`].
+pub fn place_again<G: Borrow<Gpu>>(
+    facts: &ModelFacts,
+    options: &EstimateOptions,
+    companions: Companions<'_>,
+    remembered: &mut Remembered,
+    gpus: &[G],
+    policy: &Policy,
+    running: &[&Running],
+) -> Result<Placement, PlaceError> {
+    let known = std::mem::take(remembered);
+    let model = Estimated::remembering(facts, options, companions, known)?;
     let decision = decide(&model, options.gpu_layers, gpus, policy, running)?;
     let Some(decision) = decision else {
+        *remembered = model.into_remembered();
         let refusal = refusal::refusal(facts, options, companions, gpus, policy, running)?;
         return Err(PlaceError::DoesNotFit(Box::new(refusal)));
     };
-    Ok(placement(&model, &decision, gpus, policy, running)?)
+    let placed = placement(&model, &decision, gpus, policy, running)?;
+    *remembered = model.into_remembered();
+    Ok(placed)
 }
 
 fn placement<G: Borrow<Gpu>>(
@@ -246,7 +325,7 @@ fn placement<G: Borrow<Gpu>>(
         gpu_layers,
         tensor_split: proportions(&counts),
         evict: leaving.map(|model| model.id.clone()).collect(),
-        estimate: model.split(&counts)?,
+        estimate: model.split(&counts, MemoryEstimate::clone)?,
         reason: explain::reason(decision, all_layers, gpus, policy, running),
     })
 }

@@ -95,21 +95,30 @@ impl Room {
         if self.members.is_empty() {
             return no_gpu(question);
         }
-        let mut rooms: Vec<String> = self
-            .members
-            .iter()
-            .take(NAMED_GPUS)
-            .map(|(one, budget)| format!("{} on GPU {}", size(*budget), one.index))
-            .collect();
-        let others = self.members.len().saturating_sub(NAMED_GPUS);
-        if others > 0 {
-            rooms.push(format!("what {others} more have"));
-        }
         let leavers = if self.with_leavers {
             " once all idle models have left"
         } else {
             ""
         };
+        let mut rooms: Vec<String> = self
+            .members
+            .iter()
+            .take(NAMED_GPUS)
+            .map(|(_, budget)| size(*budget))
+            .collect();
+        let gpus = self.members.len();
+        rooms.dedup();
+        if let [room] = rooms.as_slice()
+            && (2..=NAMED_GPUS).contains(&gpus)
+        {
+            return format!("there is room for {room} on each of {gpus} GPUs{leavers}");
+        }
+        let named =
+            |(one, budget): &(Candidate, u64)| format!("{} on GPU {}", size(*budget), one.index);
+        let mut rooms: Vec<String> = self.members.iter().take(NAMED_GPUS).map(named).collect();
+        if let Some(others @ 1..) = gpus.checked_sub(NAMED_GPUS) {
+            rooms.push(format!("what {others} more have"));
+        }
         format!("there is room for {}{leavers}", list(&rooms, "and"))
     }
 }
@@ -209,7 +218,7 @@ impl Attempt {
         } else {
             let alone = size(self.alone);
             format!(
-                "{alone} are needed on one GPU, {required} on {} (context of {context})",
+                "{alone} are needed on one GPU, or {required} over {} (context of {context})",
                 self.devices
             )
         };

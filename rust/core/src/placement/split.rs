@@ -145,18 +145,20 @@ impl Chain<'_> {
 
     /// The split whose tightest device keeps the most bytes free.
     pub(crate) fn balanced(&self, budgets: &[u64]) -> Option<Vec<u32>> {
-        const CLOSE_ENOUGH: u64 = 1 << 20;
-        let mut best = self.filled(budgets, 0)?;
-        let (mut fits, mut fails) = (0_u64, budgets.iter().copied().min()?);
+        const CLOSE_ENOUGH: u64 = 16 << 20;
+        if !self.fits(budgets) {
+            return None;
+        }
+        let (mut fits, mut fails) = (0_u64, budgets.iter().copied().min()?.saturating_add(1));
         while fails.saturating_sub(fits) > CLOSE_ENOUGH {
             let margin = fits.midpoint(fails);
-            if let Some(counts) = self.filled(budgets, margin) {
-                (best, fits) = (counts, margin);
+            if self.ends_when_filled(budgets, margin) == Some(self.layers.count()) {
+                fits = margin;
             } else {
                 fails = margin;
             }
         }
-        Some(best)
+        self.filled(budgets, fits)
     }
 
     /// Finds devices among `budgets` (already in device order) that hold all the layers.
