@@ -321,7 +321,6 @@ pub(crate) fn read_header(py: Python<'_>, path: PathBuf, cached: bool) -> PyResu
 }
 
 /// The header of a `Header` or of the model at a path, from the cache if it has it.
-#[allow(dead_code, reason = "for the rooms that take a model")]
 pub(crate) fn header_from_any(model: &Bound<'_, PyAny>) -> PyResult<Arc<Header>> {
     if let Ok(header) = model.cast::<PyHeader>() {
         return Ok(Arc::clone(&header.get().inner));
