@@ -73,7 +73,7 @@ pub(super) fn weight_bytes(
         let mut holders: Vec<Option<u32>> = Vec::new();
         for (layer, place) in layout.layers.iter().enumerate() {
             let layer = u32::try_from(layer).unwrap_or(u32::MAX);
-            let uses = layer < facts.hyperparameters.trunk_layers()
+            let uses = layer < weights.shared_layers
                 && !(shared.dense_layers_only && facts.hyperparameters.is_sliding(layer));
             if uses && !holders.contains(place) {
                 holders.push(*place);

@@ -375,6 +375,25 @@ pub(crate) fn skips_prediction_layers(architecture: &str) -> bool {
     )
 }
 
+/// What of an appended prediction layer is loaded all the same, because its flags say
+/// only "not required" (src/models/{cohere2moe,hy-v3,step35,deepseek32,glm-dsa}.cpp).
+pub(crate) fn loads_in_prediction_layer(architecture: &str, name: &str) -> bool {
+    let head = matches!(
+        name,
+        "embed_tokens" | "shared_head_head" | "shared_head_norm"
+    );
+    let router_bias = name == "exp_probs_b";
+    let feed_forward = name.starts_with("ffn_") && name != "ffn_norm";
+    let attention = matches!(name, "attn_q_norm" | "attn_k_norm" | "attn_gate");
+    match architecture {
+        "cohere2moe" => head,
+        "hy_v3" => head || router_bias || feed_forward,
+        "step35" => head || router_bias || feed_forward || attention,
+        "deepseek32" | "glm-dsa" => router_bias,
+        _ => false,
+    }
+}
+
 /// Encoders whose `output` never falls back to the embedding table.
 pub(crate) fn has_no_language_head(architecture: &str) -> bool {
     matches!(

@@ -28,6 +28,8 @@ pub struct Hyperparameters {
     pub vocabulary_size: u32,
     /// `nextn_predict_layers`: appended prediction layers, counted in the layers below.
     pub prediction_layers: u32,
+    /// Layers that the file holds; fewer than the model has where it runs them several times.
+    pub stored_layers: u32,
     /// `expert_count`; 0 for a dense model.
     pub expert_count: u32,
     /// `leading_dense_block_count`.
@@ -171,6 +173,7 @@ impl Hyperparameters {
             embedding_length: keys.required_u32("embedding_length")?,
             vocabulary_size: keys.vocabulary_size()?,
             prediction_layers,
+            stored_layers: layers,
             expert_count: keys.u32("expert_count")?.unwrap_or(0),
             leading_dense_layers: keys.u32("leading_dense_block_count")?.unwrap_or(0),
             feed_forward: keys
@@ -439,47 +442,42 @@ impl Hyperparameters {
         self.read_states(keys)
     }
 
-    /// `llama_hparams::n_embd_r` and `n_embd_s`.
+    /// `llama_hparams::n_embd_r` and `n_embd_s`, from the keys that the architecture reads.
     fn read_states(&mut self, keys: &Keys<'_>) -> Result<(), EstimateError> {
         let get = |key: &str| Ok::<u32, EstimateError>(keys.u32(key)?.unwrap_or(0));
         let heads = self.heads.first().copied().unwrap_or(0);
-        let (kernel, inner) = (get("ssm.conv_kernel")?, get("ssm.inner_size")?);
-        let (state, groups) = (get("ssm.state_size")?, get("ssm.group_count")?);
-        // Mamba-1 models never read a group count
-        let groups = if matches!(self.architecture.as_str(), "mamba" | "jamba") {
-            0
-        } else {
-            groups
-        };
-        let wkv_head = get("wkv.head_size")?;
-        let short_convolution = get("shortconv.l_cache")?;
-        let delta_head = get("kda.head_dim")?;
         let embedding = self.embedding_length;
-
-        self.convolution_state = if wkv_head != 0 {
-            let shifts = keys.u32("token_shift_count")?.unwrap_or(2);
-            product(&[shifts, embedding])
-        } else if short_convolution != 0 {
-            product(&[embedding, short_convolution.saturating_sub(1)])
-        } else if delta_head != 0 {
-            let taps = if kernel > 0 {
-                kernel.saturating_sub(1)
-            } else {
-                3
-            };
-            product(&[3, taps, heads, delta_head])
-        } else {
-            let channels = product(&[2, groups, state]).saturating_add(u64::from(inner));
-            u64::from(kernel.saturating_sub(1)).saturating_mul(channels)
-        };
-        self.recurrent_state = if wkv_head != 0 {
-            product(&[embedding, wkv_head])
-        } else if delta_head != 0 {
-            product(&[delta_head, delta_head, heads])
-        } else if self.architecture == "minimax-01" {
-            product(&[self.key_length, self.key_length, heads])
-        } else {
-            product(&[state, inner])
+        let kernel = get("ssm.conv_kernel")?;
+        (self.convolution_state, self.recurrent_state) = match self.architecture.as_str() {
+            "rwkv6" | "rwkv6qwen2" | "rwkv7" | "arwkv7" => {
+                let shifts = keys.u32("token_shift_count")?.unwrap_or(2);
+                let head = get("wkv.head_size")?;
+                (product(&[shifts, embedding]), product(&[embedding, head]))
+            }
+            "lfm2" | "lfm2moe" => {
+                let taps = get("shortconv.l_cache")?.saturating_sub(1);
+                (product(&[embedding, taps]), 0)
+            }
+            "kimi-linear" | "kimi-k3" | "bailingmoe3" | "glm5-next" => {
+                let head = get("kda.head_dim")?;
+                let taps = kernel.checked_sub(1).unwrap_or(3);
+                (
+                    product(&[3, taps, heads, head]),
+                    product(&[head, head, heads]),
+                )
+            }
+            "minimax-01" => (0, product(&[self.key_length, self.key_length, heads])),
+            architecture => {
+                let (inner, state) = (get("ssm.inner_size")?, get("ssm.state_size")?);
+                // Mamba-1 has no groups
+                let groups = match architecture {
+                    "mamba" | "jamba" => 0,
+                    _ => get("ssm.group_count")?,
+                };
+                let channels = product(&[2, groups, state]).saturating_add(u64::from(inner));
+                let taps = u64::from(kernel.saturating_sub(1));
+                (taps.saturating_mul(channels), product(&[state, inner]))
+            }
         };
         Ok(())
     }

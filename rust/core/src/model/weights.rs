@@ -83,12 +83,18 @@ pub struct WeightFacts {
     pub layers: Vec<LayerWeights>,
     /// Once per device that has a layer using it.
     pub shared: Vec<SharedTensor>,
+    /// The first so many layers use the shared tensors.
+    pub shared_layers: u32,
 }
 
 impl WeightFacts {
     pub(super) fn from_header(header: &Header, h: &Hyperparameters) -> Result<Self, EstimateError> {
         let mut facts = Self {
             layers: vec![LayerWeights::default(); h.layer_count() as usize],
+            shared_layers: match h.architecture.as_str() {
+                "step35" => h.layer_count(),
+                _ => h.trunk_layers().min(h.stored_layers),
+            },
             ..Self::default()
         };
         let skips = architecture::skips_prediction_layers(&h.architecture);
@@ -107,7 +113,11 @@ impl WeightFacts {
                     dense_layers_only: h.architecture.starts_with("gemma4"),
                 }),
                 Place::Layer(layer) => {
-                    if skips && layer >= h.trunk_layers() {
+                    let name = stem.rsplit_once('.').map_or(stem, |(_, name)| name);
+                    if skips
+                        && layer >= h.trunk_layers()
+                        && !architecture::loads_in_prediction_layer(&h.architecture, name)
+                    {
                         continue;
                     }
                     let weights = facts.layers.get_mut(layer as usize).ok_or_else(|| {
