@@ -93,7 +93,7 @@ check: $(DONE)/debug $(DONE)/dev
 
 bench: $(DONE)/release $(DONE)/dev
 	$(PY) -m pytest -q -o addopts= tests/benchmarks --benchmark-only --benchmark-columns=min,median,max,rounds $(ARGS)
-	cargo bench --quiet --workspace
+	cargo bench --quiet --package llama-gpu-core --bench '*'
 
 wheel: $(DONE)/run | toolchain
 	rm -rf dist
