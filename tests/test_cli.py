@@ -1,7 +1,10 @@
 """The commands as a person runs them: the installed script, its output and its exit code."""
 
+import contextlib
 import json
 import os
+import select
+import signal
 import socket
 import subprocess
 import sys
@@ -261,3 +264,48 @@ def test_a_wrong_setting_is_named_with_its_line(tmp_path, command):
 def test_a_wrong_flag_value_is_named_as_such():
     error = refusal_of("serve", "--port", 70000)
     assert error.startswith("llama-gpu: the command line: server.port = 70000 should be")
+
+
+def test_gpus_watch_draws_what_changes_until_ctrl_c(fake_nvml):
+    fake_nvml.set_gpus([FakeGpu(temperature=41)])
+    ours, theirs = os.openpty()
+    with subprocess.Popen(
+        [*SCRIPT, "gpus", "--watch", "--interval", "0.05"], stdin=theirs, stdout=theirs, stderr=theirs
+    ) as watching:
+        os.close(theirs)
+        seen = b""
+        for degrees in (41, 77):
+            fake_nvml.update(0, temperature=degrees)
+            while str(degrees).encode() not in seen:
+                seen = seen[-4096:] + os.read(ours, 65536)
+        watching.send_signal(signal.SIGINT)
+        while watching.poll() is None:
+            select.select([ours], [], [], 0.1)
+            with contextlib.suppress(OSError):
+                seen += os.read(ours, 65536)
+        os.close(ours)
+    assert watching.returncode == 0
+    assert "━".encode() in seen or "─".encode() in seen
+    assert b"Traceback" not in seen
+
+
+def test_gpus_watch_as_json_gives_one_document_per_line(fake_nvml):
+    fake_nvml.set_gpus([FakeGpu()])
+    with subprocess.Popen(
+        [*SCRIPT, "gpus", "--watch", "--json", "--interval", "0.01"], stdout=subprocess.PIPE
+    ) as watching:
+        documents = [json.loads(watching.stdout.readline()) for _ in range(3)]
+        watching.send_signal(signal.SIGINT)
+    assert [len(document["gpus"]) for document in documents] == [1, 1, 1]
+    assert watching.returncode == 0
+
+
+def test_doctor_names_the_library_the_driver_came_from_and_what_the_engine_sees(model, fake_nvml):
+    fake_nvml.set_gpus([FakeGpu()])
+    done = call("doctor", model.parent, "--json", LLAMA_GPU_SERVER_PORT="0")
+    found = {finding["about"]: finding for finding in json.loads(done.stdout)["findings"]}
+    assert str(fake_nvml.library_path) in found["driver"]["text"]
+    assert not found["engine devices"]["ok"]
+    assert "sees none of the 1 GPUs" in found["engine devices"]["text"]
+    assert "available of" in found["memory"]["text"]
+    assert done.returncode == 0, "it serves all the same"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes.util
 import os
 import socket
 import sys
@@ -14,8 +13,9 @@ from llama_gpu import __version__, snapshot_gpus
 from llama_gpu.catalog import scan
 from llama_gpu.cli.show import print_json, print_lines, size
 from llama_gpu.config import Config, load_config
-from llama_gpu.engine import find_engine
+from llama_gpu.engine import find_engine, list_devices
 from llama_gpu.errors import ConfigError
+from llama_gpu.launch import Engine
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ def doctor(*models: Path, config: Path | None = None, json: bool = False) -> int
     findings = [
         _about_python(),
         *_about_gpus(settings),
-        _about_engine(settings),
+        *_about_engine(settings),
         _about_memory(),
         *_about_models(settings),
-        _about_port(settings),
+        *_about_ports(settings),
         *(Finding("settings", ok=False, text=warning) for warning in settings.warnings),
     ]
     keeps_from_serving = {"engine", "port", "models"}
@@ -72,12 +72,17 @@ def _about_gpus(settings: Config) -> Iterator[Finding]:
     if not settings.gpu.enabled:
         yield Finding("gpu", ok=True, text="switched off by gpu.enabled; everything runs on the CPU")
         return
-    library = os.environ.get("LLAMA_GPU_NVML_LIBRARY") or ctypes.util.find_library("nvidia-ml")
+    if not settings.gpu.enable_gpu_monitoring:
+        text = "not looked at (gpu.enable_gpu_monitoring: false); everything runs on the CPU"
+        yield Finding("gpu", ok=True, text=text)
+        return
     snapshot = snapshot_gpus()
     if snapshot.error:
         yield Finding("gpu", ok=False, text=f"{snapshot.error}. Until then everything runs on the CPU.")
     if snapshot.driver_version or len(snapshot):
-        yield Finding("driver", ok=True, text=f"{snapshot.driver_version or 'version unknown'}, {library}")
+        text = f"{snapshot.driver_version or 'version unknown'}, {_loaded_library() or 'library unknown'}"
+        yield Finding("driver", ok=True, text=text)
+    yield from _about_permissions(has_gpus=bool(len(snapshot)))
     for gpu in snapshot:
         text = f"{gpu.name or 'unnamed'}, {size(gpu.free_bytes)} of {size(gpu.total_bytes)} free"
         if gpu.health_reason:
@@ -85,21 +90,75 @@ def _about_gpus(settings: Config) -> Iterator[Finding]:
         yield Finding(f"gpu {gpu.index}", ok=gpu.health == "ok", text=text)
 
 
-def _about_engine(settings: Config) -> Finding:
+def _loaded_library() -> str | None:
+    """Where the driver's library was found: the system knows what this process has loaded."""
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    paths = (line.split(maxsplit=5)[5] for line in maps.splitlines() if "libnvidia-ml" in line)
+    return next(paths, None)
+
+
+def _about_permissions(*, has_gpus: bool) -> Iterator[Finding]:
+    devices = sorted(Path("/dev").glob("nvidia[0-9c]*"))
+    denied = [str(device) for device in devices if not os.access(device, os.R_OK | os.W_OK)]
+    if denied:
+        text = (
+            f"no right to use {', '.join(denied)}: join the group that owns them (ls -l), or run as its user"
+        )
+        yield Finding("permissions", ok=False, text=text)
+    elif devices:
+        yield Finding("permissions", ok=True, text=f"{', '.join(map(str, devices))} can be used")
+    elif has_gpus:
+        yield Finding("permissions", ok=True, text="there are no /dev/nvidia* files; the driver answers")
+
+
+def _about_devices(engine: Engine) -> Finding:
+    devices = list_devices(engine)
+    seen = len(snapshot_gpus())
+    if devices or not seen:
+        return Finding("engine devices", ok=True, text="; ".join(devices) or "the CPU")
+    text = (
+        f"the engine sees none of the {seen} GPUs: models would run on the CPU; "
+        "set engine.path to a llama-server built with CUDA"
+    )
+    return Finding("engine devices", ok=False, text=text)
+
+
+def _about_engine(settings: Config) -> Iterator[Finding]:
     try:
         engine = find_engine(settings.engine.path, kind=settings.engine.kind)
     except ConfigError as error:
-        return Finding("engine", ok=False, text=str(error))
+        yield Finding("engine", ok=False, text=str(error))
+        return
     text = (
         f"{engine.kind}, {engine.version or 'version unknown'}, {' '.join(engine.command)} ({engine.reason})"
     )
-    return Finding("engine", ok=True, text=text)
+    yield Finding("engine", ok=True, text=text)
+    if settings.gpu.enabled and settings.gpu.enable_gpu_monitoring:
+        try:
+            yield _about_devices(engine)
+        except ConfigError as error:
+            yield Finding("engine devices", ok=False, text=str(error))
 
 
 def _about_memory() -> Finding:
     pages = {name: os.sysconf(name) for name in ("SC_PHYS_PAGES", "SC_PAGE_SIZE")}
     total = pages["SC_PHYS_PAGES"] * pages["SC_PAGE_SIZE"]
-    return Finding("memory", ok=True, text=f"{size(total)}, {os.cpu_count()} CPUs")
+    available = _available_bytes()
+    free = "" if available is None else f"{size(available)} available of "
+    return Finding("memory", ok=True, text=f"{free}{size(total)}, {os.cpu_count()} CPUs")
+
+
+def _available_bytes() -> int | None:
+    """``MemAvailable``, where the system tells it."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    kibibytes = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
+    return None if kibibytes is None else int(kibibytes) * 1024
 
 
 def _about_models(settings: Config) -> Iterator[Finding]:
@@ -119,11 +178,18 @@ def _about_models(settings: Config) -> Iterator[Finding]:
         yield Finding("model file", ok=False, text=entry.error or entry.id)
 
 
-def _about_port(settings: Config) -> Finding:
+def _about_ports(settings: Config) -> Iterator[Finding]:
     host, port = settings.server.host, settings.server.port
+    yield _about_port("port", host, port, "choose another with --port or --host")
+    pool = settings.server_pool
+    if pool.port_start is not None:
+        yield _about_port("first server port", pool.bind_host, pool.port_start, "the next ones are tried")
+
+
+def _about_port(about: str, host: str, port: int, advice: str) -> Finding:
     try:
         with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
-            return Finding("port", ok=True, text=f"{host}:{port} is free")
+            return Finding(about, ok=True, text=f"{host}:{port} is free")
     except OSError as error:
-        text = f"{host}:{port} cannot be used ({error.strerror}); choose another with --port or --host"
-        return Finding("port", ok=False, text=text)
+        text = f"{host}:{port} cannot be used ({error.strerror}); {advice}"
+        return Finding(about, ok=False, text=text)

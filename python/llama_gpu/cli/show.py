@@ -11,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 # Piped output is as wide as it needs to be; a terminal folds it.
 _UNBOUNDED = 160
@@ -33,6 +34,12 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
+def print_json_line(value: Any) -> None:
+    """One JSON document on a line of its own, at once."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
+    sys.stdout.flush()
+
+
 def print_lines(*lines: str) -> None:
     """Plain lines on standard output."""
     console().print("\n".join(lines), markup=False, highlight=False)
@@ -44,10 +51,21 @@ def console() -> Console:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> None:
-    """A table; columns whose name begins with ``>`` are set to the right."""
-    table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
+    """Print a ``table``."""
+    console().print(table(columns, rows, title))
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> Table:
+    """A table; columns whose name begins with ``>`` are set to the right. ``Text`` keeps its colours."""
+    made = Table(box=SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
     for column in columns:
-        table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
+        made.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
     for row in rows:
-        table.add_row(*("-" if cell is None else escape(str(cell)) for cell in row))
-    console().print(table)
+        made.add_row(*(_cell(cell) for cell in row))
+    return made
+
+
+def _cell(cell: object) -> Text | str:
+    if isinstance(cell, Text):
+        return cell
+    return "-" if cell is None else escape(str(cell))
