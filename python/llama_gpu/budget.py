@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from llama_gpu import Gpu
 
-__all__ = ["Claim", "available_gpus"]
+__all__ = ["Claim", "available_gpus", "held_by_ours"]
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ def _available_bytes(gpu: Gpu, claims: Sequence[Claim]) -> int | None:
     claimed = sum(claim.bytes_by_gpu.get(gpu.uuid, 0) for claim in claims)
     # What NVML shows as free lacks the driver's reserve and everybody's use, ours included:
     # give back what ours hold now, then take the whole claims away.
-    free_without_ours = min(gpu.free_bytes + _held_by_ours(gpu, claims), gpu.total_bytes)
+    free_without_ours = min(gpu.free_bytes + held_by_ours(gpu, claims), gpu.total_bytes)
     return max(0, free_without_ours - claimed)
 
 
-def _held_by_ours(gpu: Gpu, claims: Sequence[Claim]) -> int:
+def held_by_ours(gpu: Gpu, claims: Sequence[Claim]) -> int:
     """Bytes of this GPU that our servers hold at the time of the snapshot."""
     here = [claim for claim in claims if gpu.uuid in claim.bytes_by_gpu]
     told = {process.pid: process.used_bytes for process in gpu.processes or ()}

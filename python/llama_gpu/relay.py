@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import aiohttp
@@ -61,16 +61,20 @@ async def until_client_leaves(receive: Receive) -> None:
 
 @dataclass(frozen=True)
 class Upstream:
-    """The server that answers: its address, its key, and the model's id for messages."""
+    """The server that answers: its address, its key, and the model's id for messages.
+
+    ``why_stopped`` tells, once a stream was cut, why the server was stopped, if it was.
+    """
 
     session: aiohttp.ClientSession
     base_url: str
     api_key: str
     model: str
+    why_stopped: Callable[[], str | None] = lambda: None
 
 
-async def relay(scope: Scope, receive: Receive, send: Send, *, body: bytes, upstream: Upstream) -> None:
-    """Send the request upstream and stream the answer.
+async def relay(scope: Scope, receive: Receive, send: Send, *, body: bytes, upstream: Upstream) -> int:
+    """Send the request upstream and stream the answer; returns its status.
 
     Raises:
         ServerExitedError: no answer came; nothing was sent to the client yet.
@@ -82,14 +86,14 @@ async def relay(scope: Scope, receive: Receive, send: Send, *, body: bytes, upst
         await asyncio.wait({forward, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not forward.done():
             raise ClientGone
-        await forward
+        return await forward
     finally:
         for task in (forward, gone):
             task.cancel()
         await asyncio.gather(forward, gone, return_exceptions=True)
 
 
-async def _forward(scope: Scope, send: Send, body: bytes, upstream: Upstream) -> None:
+async def _forward(scope: Scope, send: Send, body: bytes, upstream: Upstream) -> int:
     url = upstream.base_url + scope["raw_path"].decode("ascii")
     if query := scope["query_string"]:
         url += "?" + query.decode("ascii")
@@ -108,10 +112,11 @@ async def _forward(scope: Scope, send: Send, body: bytes, upstream: Upstream) ->
         message = f"the server of {upstream.model!r} did not answer: {error or type(error).__name__}"
         raise ServerExitedError(message, model=upstream.model) from error
     async with response:
-        await _stream_back(response, send, upstream.model)
+        await _stream_back(response, send, upstream)
+        return response.status
 
 
-async def _stream_back(response: aiohttp.ClientResponse, send: Send, model: str) -> None:
+async def _stream_back(response: aiohttp.ClientResponse, send: Send, upstream: Upstream) -> None:
     headers = [
         (name.lower(), value) for name, value in response.raw_headers if name.lower() not in _HOP_BY_HOP
     ]
@@ -123,7 +128,9 @@ async def _stream_back(response: aiohttp.ClientResponse, send: Send, model: str)
         async for chunk in response.content.iter_any():
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
     except (aiohttp.ClientError, OSError) as error:
-        broken = ServerExitedError(f"the server of {model!r} died while it answered: {error}", model=model)
+        model, reason = upstream.model, upstream.why_stopped()
+        how = f"died while it answered: {error}" if reason is None else f"was stopped: {reason}"
+        broken = ServerExitedError(f"the server of {model!r} {how}", model=model)
         if not is_event_stream:
             return  # unfinished on purpose: the connection is cut short and the client sees it
         event = json.dumps(error_reply(broken, model=model).body)
@@ -136,8 +143,8 @@ def _kept(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     return [(name, value) for name, value in headers if name.lower() not in _NOT_FORWARDED]
 
 
-async def send_error(send: Send, error: Exception, *, model: str | None = None) -> None:
-    """Answer with the OpenAI-shaped envelope of ``error``."""
+async def send_error(send: Send, error: Exception, *, model: str | None = None) -> int:
+    """Answer with the OpenAI-shaped envelope of ``error``; returns its status."""
     reply = error_reply(error, model=model)
     body = json.dumps(reply.body).encode()
     headers = [
@@ -147,3 +154,4 @@ async def send_error(send: Send, error: Exception, *, model: str | None = None) 
     ]
     await send({"type": "http.response.start", "status": reply.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+    return reply.status

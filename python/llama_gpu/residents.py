@@ -9,7 +9,7 @@ from typing import Protocol
 
 from llama_gpu.budget import Claim
 
-__all__ = ["Assignment", "Placer", "Resident", "ResidentState", "ResidentView"]
+__all__ = ["Assignment", "LeavesFor", "Placer", "Resident", "ResidentState", "ResidentView"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,15 @@ class ResidentState(StrEnum):
     STOPPING = "stopping"
 
 
+class LeavesFor(StrEnum):
+    """Why a server is stopped: for another model, after idle time, on request, or with its GPU."""
+
+    ROOM = "room"
+    IDLE = "idle"
+    ASKED = "asked"
+    GPU_LOST = "gpu_lost"
+
+
 @dataclass
 class Resident:
     """One model that holds, or is promised, memory."""
@@ -70,6 +79,7 @@ class Resident:
     last_used: float = 0.0
     draining: bool = False
     leaves_because: str = ""
+    leaves_for: LeavesFor = LeavesFor.ASKED
     waits_for: set[str] = field(default_factory=set)
     measured_by_gpu: Mapping[str, int] | None = None
 

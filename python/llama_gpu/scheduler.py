@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 from llama_gpu.budget import Claim
 from llama_gpu.errors import DoesNotFitError, LlamaGpuError, QueueFullError, ServerError
-from llama_gpu.residents import Assignment, Placer, Resident, ResidentState, ResidentView
+from llama_gpu.residents import Assignment, LeavesFor, Placer, Resident, ResidentState, ResidentView
 
 __all__ = ["Admit", "Effect", "Limits", "Refuse", "Scheduler", "Start", "Stop"]
 
@@ -51,10 +51,14 @@ class Start:
 
 @dataclass(frozen=True)
 class Stop:
-    """Stop the server of ``model``; answer ``server_stopped`` once its memory is back."""
+    """Stop the server of ``model``; answer ``server_stopped`` once its memory is back.
+
+    ``reason`` is a sentence. A server whose GPU is lost cannot end in good order: it is killed.
+    """
 
     model: str
     reason: str
+    cause: LeavesFor = LeavesFor.ASKED
 
 
 @dataclass(frozen=True)
@@ -173,7 +177,7 @@ class Scheduler:
         resident = self._residents.get(model)
         if resident is None or resident.state is not ResidentState.READY:
             return []
-        self._drain(resident, reason)
+        self._drain(resident, reason, LeavesFor.ASKED)
         return self._stop_if_drained(resident) + self._advance(now)
 
     def gpu_lost(self, uuids: Iterable[str], now: float, *, reason: str) -> list[Effect]:
@@ -184,7 +188,7 @@ class Scheduler:
             if not lost.intersection(resident.bytes_by_gpu):
                 continue
             if resident.state in (ResidentState.LOADING, ResidentState.READY):
-                effects.append(self._stop(resident, reason))
+                effects.append(self._stop(resident, reason, LeavesFor.GPU_LOST))
             elif resident.state is ResidentState.MAKING_ROOM:
                 self._forget(resident.model)
         return effects + self._advance(now)
@@ -205,7 +209,8 @@ class Scheduler:
             if limit is None or not self._idle(resident) or self._pinned(resident.model):
                 continue
             if now - resident.last_used >= limit:
-                effects.append(self._stop(resident, f"idle for {now - resident.last_used:.0f} s"))
+                reason = f"idle for {now - resident.last_used:.0f} s"
+                effects.append(self._stop(resident, reason, LeavesFor.IDLE))
         return effects + self._advance(now)
 
     # -- decisions ---------------------------------------------------------------------------
@@ -302,7 +307,7 @@ class Scheduler:
         )
         for name in assignment.evict:
             victim = self._residents[name]
-            self._drain(victim, f"makes room for {model}")
+            self._drain(victim, f"makes room for {model}", LeavesFor.ROOM)
             effects += self._stop_if_drained(victim)
         return effects
 
@@ -361,18 +366,18 @@ class Scheduler:
             del self._waiting[ticket]
         return [Refuse(ticket, error) for ticket in tickets]
 
-    def _stop(self, resident: Resident, reason: str) -> Stop:
+    def _stop(self, resident: Resident, reason: str, cause: LeavesFor) -> Stop:
+        self._drain(resident, reason, cause)
         resident.state = ResidentState.STOPPING
-        resident.draining = True
-        return Stop(resident.model, reason)
+        return Stop(resident.model, reason, cause)
 
-    def _drain(self, resident: Resident, reason: str) -> None:
+    def _drain(self, resident: Resident, reason: str, cause: LeavesFor) -> None:
         resident.draining = True
-        resident.leaves_because = reason
+        resident.leaves_because, resident.leaves_for = reason, cause
 
     def _stop_if_drained(self, resident: Resident) -> list[Effect]:
         if resident.state is ResidentState.READY and not resident.active:
-            return [self._stop(resident, resident.leaves_because)]
+            return [self._stop(resident, resident.leaves_because, resident.leaves_for)]
         return []
 
     def _forget(self, model: str) -> None:

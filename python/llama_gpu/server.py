@@ -96,6 +96,7 @@ class Server:
         self.pid: int | None = None
         self.exit_code: int | None = None
         self.started_seconds: float | None = None
+        self.stop_reason: str | None = None
         self.properties: Mapping[str, Any] = {}
         self.log_tail: deque[str] = deque(maxlen=LOG_TAIL_LINES)
         self._http = http

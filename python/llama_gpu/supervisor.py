@@ -18,17 +18,25 @@ from typing import Any, Self
 import aiohttp
 import structlog
 
-from llama_gpu import GpuSnapshot, has_host_pids
+from llama_gpu import Gpu, GpuSnapshot, has_host_pids
 from llama_gpu.catalog import Catalog, ModelEntry
 from llama_gpu.config import Config
+from llama_gpu.counts import Counts
 from llama_gpu.engine import find_engine
-from llama_gpu.errors import LlamaGpuError, ModelFileError, ServerError, UnknownModelError
+from llama_gpu.errors import (
+    LlamaGpuError,
+    ModelFileError,
+    ServerError,
+    ServerExitedError,
+    UnknownModelError,
+)
+from llama_gpu.events import StateChanges
 from llama_gpu.launch import Engine, plan_launch
 from llama_gpu.measured import measured_by_gpu
 from llama_gpu.monitor import REFRESH_TIMEOUT_SECONDS, GpuMonitor
 from llama_gpu.placing import Placing, memory_options
 from llama_gpu.ports import Ports
-from llama_gpu.residents import Resident
+from llama_gpu.residents import LeavesFor, Resident
 from llama_gpu.scheduler import Admit, Effect, Limits, Refuse, Scheduler, Start, Stop
 from llama_gpu.server import Server
 
@@ -59,6 +67,8 @@ class Supervisor:
         self.catalog = catalog
         self._rescan = rescan
         self._placing = Placing(config, self.entry)
+        self.counts = Counts()
+        self.changes = StateChanges()
         self.monitor = GpuMonitor(
             interval_seconds=config.gpu.monitoring_interval,
             off_reason=_switched_off(config),
@@ -118,6 +128,7 @@ class Supervisor:
     def refuse_waiting(self) -> None:
         """From now on nobody gets a server: the proxy is about to end."""
         self._closing = True
+        self.changes.close()
         for future in self._tickets.values():
             if not future.done():
                 future.set_exception(ServerError("the proxy is shutting down"))
@@ -210,8 +221,10 @@ class Supervisor:
         began = time.perf_counter_ns()
         effects = event(time.monotonic())
         microseconds = (time.perf_counter_ns() - began) / 1000
+        self.counts.decided(effects, microseconds / 1e6)
         for effect in effects:
             self._carry_out(effect, microseconds)
+        self.changes.compare(self.snapshot.gpus, self.scheduler.residents, time.time())
 
     def _carry_out(self, effect: Effect, microseconds: float) -> None:
         match effect:
@@ -220,7 +233,7 @@ class Supervisor:
                 self._spawn(self._run_server(effect), f"server of {model}")
             case Stop(model, reason):
                 _log.info(f"unload {model}: {reason}", decided_us=round(microseconds))
-                self._spawn(self._stop_server(model), f"stop {model}")
+                self._spawn(self._stop_server(effect), f"stop {model}")
             case Admit(ticket, model):
                 future = self._tickets.get(ticket)
                 if future is not None and not future.done():
@@ -249,6 +262,7 @@ class Supervisor:
             return
         seconds = server.started_seconds or 0.0
         _log.info(f"{model} is ready after {seconds:.2f} s", pid=server.pid, port=server.port)
+        self.counts.loaded(model, seconds)
         # In a container the driver may know our servers by other process ids, or others by ours.
         pid = server.pid if has_host_pids() else None
         if pid is not None:
@@ -265,21 +279,29 @@ class Supervisor:
             return  # it was stopped on purpose: _stop_server reports that
         self._servers.pop(model, None)
         _log.error(f"{model} did not start: {failure}")
+        self.counts.failed(failure)
+        self.changes.server_failed(model, str(failure))
         self._decide(lambda now: self.scheduler.server_failed(model, failure, now))
 
     async def _exited(self, model: str, server: Server) -> None:
         if model in self._stopping or self._closing:
             return
-        _log.error(f"the server of {model} ended by itself with exit code {server.exit_code}")
+        why = f"the server of {model} ended by itself with exit code {server.exit_code}"
+        _log.error(why)
+        self.counts.failed(ServerExitedError(why, model=model, exit_code=server.exit_code))
+        self.changes.server_failed(model, why)
         self._servers.pop(model, None)
         await self._freshen()
         self._decide(lambda now: self.scheduler.server_exited(model, now))
 
-    async def _stop_server(self, model: str) -> None:
+    async def _stop_server(self, stop: Stop) -> None:
+        model = stop.model
         self._stopping.add(model)
         try:
             if server := self._servers.get(model):
-                await server.stop()
+                server.stop_reason = stop.reason
+                # On a lost GPU it hangs in the driver: it would not hear a polite word.
+                await server.stop(grace_seconds=0 if stop.cause is LeavesFor.GPU_LOST else None)
                 self._servers.pop(model, None)
             await self._freshen()
         finally:
@@ -338,9 +360,15 @@ class Supervisor:
         size = pool if pool is not None else CPU_POOL_SIZE if self.on_cpu else None
         self.scheduler.set_pool_size(size)
         self._tell_mode(snapshot)
-        lost = [gpu.uuid for gpu in snapshot.gpus if gpu.health == "lost"]
-        if lost:
-            self._decide(lambda now: self.scheduler.gpu_lost(lost, now, reason="its GPU is lost"))
+        # Where the driver's library fails as a whole the GPUs may well go on working: new models
+        # are kept off them, but whoever runs there runs on until it ends by itself.
+        for gpu in [gpu for gpu in snapshot.gpus if gpu.health == "lost" and snapshot.error is None]:
+            self._gpu_lost(gpu)
+        self.changes.compare(snapshot.gpus, self.scheduler.residents, time.time())
+
+    def _gpu_lost(self, gpu: Gpu) -> None:
+        reason = f"GPU {gpu.index} is lost: {gpu.health_reason or 'it no longer answers'}"
+        self._decide(lambda now: self.scheduler.gpu_lost([gpu.uuid], now, reason=reason))
 
     def _tell_mode(self, snapshot: GpuSnapshot) -> None:
         """One warning when the machine turns out to have no GPU, one line when it has."""

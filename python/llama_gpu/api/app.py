@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import hmac
-from typing import Any
+from collections.abc import Awaitable, Callable
 from urllib.parse import parse_qs
 
 import structlog
+from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from llama_gpu.api.document import docs_page, openapi_document
+from llama_gpu.api.events import events_response
+from llama_gpu.api.gpus import gpus
 from llama_gpu.api.health import health
+from llama_gpu.api.metrics import MEDIA_TYPE, Metrics
+from llama_gpu.api.models import model_card, model_list
 from llama_gpu.catalog import ModelEntry
 from llama_gpu.errors import LlamaGpuError
-from llama_gpu.openai import BadRequestError, requested_model
+from llama_gpu.openai import BadRequestError, error_reply, requested_model
 from llama_gpu.relay import ClientGone, Upstream, read_body, relay, send_error
 from llama_gpu.supervisor import Supervisor
 
@@ -25,18 +31,31 @@ __all__ = ["build_app"]
 MAX_BODY_BYTES = 512 << 20
 """The largest request body: pictures and audio travel inside, whole models do not."""
 
+CLIENT_LEFT = 499
+"""What the metrics call the status of an answer that nobody waited for."""
+
+Handler = Callable[[Request], Awaitable[Response]]
+
 _log = structlog.get_logger("llama_gpu")
 
 
 def build_app(supervisor: Supervisor) -> ASGIApp:
     """The ASGI application over a running supervisor."""
     ours = _OurRoutes(supervisor)
+    ours_alone: list[tuple[str, Handler]] = [
+        ("/health", ours.health),
+        ("/v1/models", ours.models),
+        ("/models", ours.models),
+        ("/v1/models/{model:path}", ours.model),
+        ("/api/gpus", ours.gpus),
+        ("/api/events", ours.events),
+        ("/metrics", ours.metrics),
+        ("/openapi.json", ours.document),
+        ("/docs", ours.page),
+    ]
     app = Starlette(
         routes=[
-            Route("/health", ours.health, methods=["GET"]),
-            Route("/v1/models", ours.models, methods=["GET"]),
-            Route("/models", ours.models, methods=["GET"]),
-            Route("/v1/models/{model:path}", ours.model, methods=["GET"]),
+            *(Route(path, handler, methods=["GET"]) for path, handler in ours_alone),
             Mount("/", app=_Relayed(supervisor)),
         ]
     )
@@ -48,48 +67,42 @@ class _OurRoutes:
 
     def __init__(self, supervisor: Supervisor) -> None:
         self._supervisor = supervisor
+        self._metrics = Metrics(supervisor)
 
     async def health(self, _request: Request) -> Response:
-        return JSONResponse(health(self._supervisor).model_dump(mode="json"))
+        return _json(health(self._supervisor))
 
     async def models(self, _request: Request) -> Response:
         await self._supervisor.rescan()
-        catalog = self._supervisor.catalog
-        return JSONResponse(
-            {
-                "object": "list",
-                "data": [self._described(entry) for entry in catalog.models],
-                "broken": [
-                    {"id": entry.id, "path": str(entry.path), "reason": entry.error}
-                    for entry in catalog.broken
-                ],
-            }
-        )
+        return _json(model_list(self._supervisor))
 
     async def model(self, request: Request) -> Response:
-        entry = await self._supervisor.look_up(request.path_params["model"])
-        return JSONResponse(self._described(entry))
+        name = request.path_params["model"]
+        try:
+            entry = await self._supervisor.look_up(name)
+        except LlamaGpuError as error:
+            reply = error_reply(error, model=name)
+            return JSONResponse(reply.body, reply.status, reply.headers)
+        return _json(model_card(self._supervisor, entry))
 
-    def _described(self, entry: ModelEntry) -> dict[str, Any]:
-        held = self._supervisor.residents().get(entry.id)
-        header = entry.header
-        return {
-            "id": entry.id,
-            "object": "model",
-            "created": self._supervisor.started_at,
-            "owned_by": "llama-gpu",
-            "aliases": list(entry.aliases),
-            "status": {"value": "unloaded" if held is None else str(held.resident.state)},
-            "meta": None
-            if header is None
-            else {
-                "architecture": header.architecture,
-                "n_params": header.parameter_count,
-                "n_ctx_train": header.trained_context_length,
-                "quantization": header.quantization,
-                "size": header.file_bytes,
-            },
-        }
+    async def gpus(self, _request: Request) -> Response:
+        return _json(gpus(self._supervisor))
+
+    async def events(self, _request: Request) -> Response:
+        return events_response(self._supervisor.changes)
+
+    async def metrics(self, _request: Request) -> Response:
+        return Response(await self._metrics.scrape(), headers={"content-type": MEDIA_TYPE})
+
+    async def document(self, _request: Request) -> Response:
+        return JSONResponse(openapi_document())
+
+    async def page(self, _request: Request) -> Response:
+        return HTMLResponse(docs_page())
+
+
+def _json(model: BaseModel) -> Response:
+    return Response(model.model_dump_json(), media_type="application/json")
 
 
 class _Relayed:
@@ -102,6 +115,8 @@ class _Relayed:
         if scope["type"] != "http":
             return
         named: str | None = None
+        entry: ModelEntry | None = None
+        status = CLIENT_LEFT
         try:
             body = await read_body(receive, limit_bytes=MAX_BODY_BYTES)
             headers = dict(scope["headers"])
@@ -111,12 +126,21 @@ class _Relayed:
             )
             entry = await self._supervisor.look_up(named)
             async with self._supervisor.acquire(entry.id) as server:
-                upstream = Upstream(self._supervisor.session, server.base_url, server.api_key, entry.id)
-                await relay(scope, receive, send, body=body, upstream=upstream)
+                upstream = Upstream(
+                    self._supervisor.session,
+                    server.base_url,
+                    server.api_key,
+                    entry.id,
+                    why_stopped=lambda: server.stop_reason,
+                )
+                status = await relay(scope, receive, send, body=body, upstream=upstream)
         except ClientGone:
             _log.debug("client left", model=named)
         except LlamaGpuError as error:
-            await send_error(send, error, model=named)
+            status = await send_error(send, error, model=named)
+        finally:
+            if entry is not None:
+                self._supervisor.counts.answered(entry.id, status)
 
 
 class _KeyCheck:
