@@ -89,7 +89,7 @@ class GpuMonitor:
         return False
 
     def _sample(self, monitor: Monitor, loop: asyncio.AbstractEventLoop) -> None:
-        done = 0
+        done = -1  # the first look is a refresh: what nobody has read yet is no snapshot
         while not self._closed:
             self._wanted.clear()
             asked = self._asked  # read after the clearing: who asks from here on sets it again

@@ -207,6 +207,11 @@ class Supervisor:
         """True where there is no GPU to place anything on."""
         return self._placing.on_cpu
 
+    @property
+    def why_no_gpu(self) -> str:
+        """Why there is no GPU, in words; of use only where there is none."""
+        return self.snapshot.error or "the driver lists no GPU"
+
     def monitoring_failures(self) -> list[str]:
         """Why the GPU figures cannot be trusted now, in words; empty while they can."""
         age, interval = self.monitor.age_seconds, self.monitor.interval_seconds
@@ -377,7 +382,7 @@ class Supervisor:
             return
         self._told_mode = told
         if self.on_cpu:
-            _log.warning(f"serving on the CPU: {snapshot.error or 'there is no GPU'}")
+            _log.warning(f"serving on the CPU: {self.why_no_gpu}")
         else:
             names = ", ".join(f"GPU {gpu.index} {gpu.name or gpu.uuid}" for gpu in snapshot.gpus)
             _log.info(f"serving on {names}")

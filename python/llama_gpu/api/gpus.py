@@ -120,7 +120,7 @@ def pool_status(supervisor: Supervisor) -> GpuPoolStatus:
         available_vram_bytes=available,
         allocation_strategy=supervisor.config.gpu.strategy,
         gpu_list=listed,
-        reason=supervisor.snapshot.error if not listed else None,
+        reason=supervisor.why_no_gpu if not listed else None,
     )
 
 
