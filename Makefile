@@ -4,6 +4,7 @@
 #   make serve        serve the models in models/ (MODELS=DIR PORT=8080 HOST=… CONFIG=FILE)
 #   make test         cargo tests and pytest, with the real engine
 #   make check        formats, lints, types, stubs
+#   make soak         a day of health checks in two minutes, while GPUs and servers fail
 #   make bench        parsing, estimating and placing, against the clock
 #   make wheel        dist/*.whl
 #   make wheel-check  that wheel in an empty environment, without Rust
@@ -36,7 +37,7 @@ PIP := $(PY) -m pip install --quiet
 PINNED := --constraint constraints.txt
 RUST := Cargo.toml Cargo.lock pyproject.toml $(shell find rust -name target -prune -o \( -name '*.rs' -o -name Cargo.toml \) -print)
 
-.PHONY: help serve test test-rust test-python check bench wheel wheel-check lock clean toolchain
+.PHONY: help serve test test-rust test-python check soak bench wheel wheel-check lock clean toolchain
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
@@ -90,6 +91,9 @@ check: $(DONE)/debug $(DONE)/dev
 	ruff format --check .
 	mypy
 	$(PY) -m mypy.stubtest llama_gpu._core
+
+soak: $(DONE)/release $(DONE)/dev
+	PYTHONPATH=tests $(PY) -m support.soak $(ARGS)
 
 bench: $(DONE)/release $(DONE)/dev
 	$(PY) -m pytest -q -o addopts= tests/benchmarks --benchmark-only --benchmark-columns=min,median,max,rounds $(ARGS)
