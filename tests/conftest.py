@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from llama_gpu.memory.store import FILE_VARIABLE
 from support.fake_nvml import FakeNvml, build
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def memory_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Nothing is remembered in the user's own folder, not by a proxy of a whole module either."""
+    folder = tmp_path_factory.mktemp("memory")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(FILE_VARIABLE, str(folder / "shared.sqlite3"))
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def memory_file(memory_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where this test, and what it starts, remembers what loads took."""
+    file = memory_folder / f"{os.getpid()}-{next(_numbers)}.sqlite3"
+    monkeypatch.setenv(FILE_VARIABLE, str(file))
+    return file
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,6 @@ from llama_gpu._core import (
     Shard,
     Tensor,
     __version__,
-    estimate,
     has_host_pids,
     place,
     read_header,
@@ -45,12 +44,14 @@ from llama_gpu.errors import (
     UnknownModelError,
     UnsupportedModelError,
 )
+from llama_gpu.tiers import EstimateOptions, estimate
 
 __all__ = [
     "Claim",
     "ConfigError",
     "DeviceMemory",
     "DoesNotFitError",
+    "EstimateOptions",
     "Gpu",
     "GpuError",
     "GpuProcess",

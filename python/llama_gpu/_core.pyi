@@ -568,9 +568,8 @@ def estimate(
     mmproj: str | PathLike[str] | Header | None = None,
     draft: str | PathLike[str] | Header | None = None,
     backend: Literal["cuda", "generic"] = "cuda",
-    tier: Literal["analytic", "best"] = "analytic",
 ) -> MemoryEstimate:
-    """Estimate the memory of a model, per device and on the host.
+    """The analytic tier of ``llama_gpu.estimate``: the memory of a model, per device and on the host.
 
     From a ``Header``, or a path whose header is in memory, this takes microseconds and keeps the
     interpreter; else the header is read first, which lets go of it.
@@ -598,7 +597,6 @@ def estimate(
         mmproj: a projector that is loaded with the model.
         draft: a draft model that is loaded with the model.
         backend: whose buffer rules count; ``"generic"`` is llama.cpp alone, without any driver's overhead.
-        tier: ``"best"`` takes what llama.cpp projected or a load took, where that is known.
 
     Raises:
         ValueError: an option is out of range, or llama.cpp refuses it for this model; it is named.
@@ -817,7 +815,6 @@ def place(
     mmproj: str | PathLike[str] | Header | None = None,
     draft: str | PathLike[str] | Header | None = None,
     backend: Literal["cuda", "generic"] = "cuda",
-    tier: Literal["analytic", "best"] = "analytic",
 ) -> Placement:
     """Decide where a model goes, and who leaves for it.
 
@@ -850,7 +847,6 @@ def place(
         mmproj: see ``estimate``.
         draft: see ``estimate``.
         backend: see ``estimate``.
-        tier: see ``estimate``.
 
     Raises:
         DoesNotFitError: it fits nowhere that the policy allows; says by how much, what each GPU could

@@ -63,7 +63,16 @@ class LoadedBuffers:
     @property
     def host_bytes(self) -> int:
         """Total in host memory, mapped weights included."""
-        return sum(sum(kinds.values()) for name, kinds in self.by_device.items() if _is_host(name))
+        return sum(self.host_by_kind.values())
+
+    @property
+    def host_by_kind(self) -> dict[str, int]:
+        """Bytes in host memory by kind, over all its buffers."""
+        added: defaultdict[str, int] = defaultdict(int)
+        for name, kinds in self.by_device.items():
+            for kind, size in kinds.items() if _is_host(name) else ():
+                added[kind] += size
+        return dict(added)
 
 
 def _is_host(device: str) -> bool:

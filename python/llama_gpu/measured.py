@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 
 from llama_gpu import Gpu
 from llama_gpu.buffer_lines import LoadedBuffers
+from llama_gpu.memory.record import DeviceTaken, Taken
 
-__all__ = ["measured_by_gpu"]
+__all__ = ["measured_by_gpu", "taken_by_load"]
 
 
 def measured_by_gpu(
@@ -29,12 +30,37 @@ def measured_by_gpu(
         told = _told_by_driver(by_uuid.get(uuid), pid)
         logged = buffers.device_bytes.get(f"CUDA{position}")
         if told is not None:
-            measured[uuid] = told
+            measured[uuid] = max(told, logged or 0)
         elif logged is not None:
             measured[uuid] = max(estimate, logged)
         else:
             return None
     return measured or None
+
+
+def taken_by_load(
+    gpus: Sequence[Gpu],
+    pid: int | None,
+    gpu_uuids: Sequence[str],
+    buffers: LoadedBuffers,
+    *,
+    logged_in_full: bool,
+) -> Taken | None:
+    """The same to be remembered, by kind of buffer; None where a part of it is not known.
+
+    ``logged_in_full`` is False where llama.cpp loads something that it logs no buffer of (a
+    projector): then only the driver can tell.
+    """
+    by_uuid = {gpu.uuid: gpu for gpu in gpus}
+    devices = []
+    for position, uuid in enumerate(gpu_uuids):
+        told = _told_by_driver(by_uuid.get(uuid), pid)
+        logged = buffers.by_device.get(f"CUDA{position}", {})
+        if told is None and not (logged and logged_in_full):
+            return None
+        devices.append(DeviceTaken(logged, told))
+    host = buffers.host_by_kind
+    return Taken(tuple(devices), DeviceTaken(host)) if devices or host else None
 
 
 def _told_by_driver(gpu: Gpu | None, pid: int | None) -> int | None:

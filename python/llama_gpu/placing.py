@@ -8,22 +8,33 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from llama_gpu import Gpu, GpuSnapshot, Placement, Policy, Running, place
+from llama_gpu import Gpu, GpuSnapshot, MemoryEstimate, Placement, Policy, Running, place
 from llama_gpu.budget import Claim, available_gpus
 from llama_gpu.catalog import ModelEntry
 from llama_gpu.config import Config
 from llama_gpu.errors import DoesNotFitError, LlamaGpuError, ServerError
+from llama_gpu.memory.known import KnownMemory, Load
 from llama_gpu.residents import Assignment, ResidentView
 
-__all__ = ["Placing", "memory_options"]
+__all__ = ["Placing", "load_of", "memory_options"]
+
+GIB = 1 << 30
+PLACING_ROUNDS = 4
+"""How often a placement is asked again because what is known of it exceeds the estimate further."""
 
 
 class Placing:
-    """A ``Placer`` over the last snapshot; ``entry`` looks a model up in the catalogue."""
+    """A ``Placer`` over the last snapshot.
 
-    def __init__(self, config: Config, entry: Callable[[str], ModelEntry]) -> None:
+    ``entry`` looks a model up in the catalogue; ``known`` has what loads took and llama.cpp projected.
+    """
+
+    def __init__(
+        self, config: Config, entry: Callable[[str], ModelEntry], known: KnownMemory | None = None
+    ) -> None:
         self._config = config
         self._entry = entry
+        self._known = known
         self.snapshot = GpuSnapshot([])
 
     @property
@@ -46,22 +57,60 @@ class Placing:
                 raise DoesNotFitError(f"{model} may not run on the CPU (gpu.cpu_fallback: false): {why}")
             return Assignment("cpu", reason="on the CPU")
         entry = self._entry(model)
+        gpus = available_gpus(self._allowed_gpus(), claims)
+        running = [self._running(resident) for resident in residents]
         try:
+            return self._place(entry, gpus, running)
+        except LlamaGpuError:
+            raise
+        except Exception as error:  # a fault of ours must fail this model, not the scheduler
+            raise ServerError(f"placing {model!r} failed: {error!r}", model=model) from error
+
+    def _place(self, entry: ModelEntry, gpus: Sequence[Gpu], running: Sequence[Running]) -> Assignment:
+        """Place by the estimate, kept as far from the edge as the load is known to exceed it.
+
+        ``place`` reckons with the analytic estimate. What is known to be taken beyond it on any device
+        is left free there as headroom, and what is known to be taken less is given up of the headroom;
+        then the claim is what is known of exactly this layout. Where that exceeds what was
+        left, the same is done again with more.
+        """
+        headroom = int(self._config.gpu.headroom_bytes)
+        load = load_of(entry) if entry.header and self._known else None
+        excess = 0
+        if self._known and load:
+            excess = max(self._known.most_excess_bytes(load, gpus) or 0, -headroom)
+        for _ in range(PLACING_ROUNDS):
             placement = place(
                 entry.header or entry.path,
-                available_gpus(self._allowed_gpus(), claims),
-                policy=self._policy(entry),
-                running=[self._running(resident) for resident in residents],
+                gpus,
+                policy=self._policy(entry, headroom + excess),
+                running=running,
                 mmproj=entry.mmproj,
                 draft=entry.options.draft,
                 gpu_layers=entry.options.gpu_layers,
                 **memory_options(entry),
             )
-        except LlamaGpuError:
-            raise
-        except Exception as error:  # a fault of ours must fail this model, not the scheduler
-            raise ServerError(f"placing {model!r} failed: {error!r}", model=model) from error
-        return _assignment(placement)
+            best = self._best(load, placement, gpus) or placement.estimate
+            exceeds = max(
+                (
+                    now.total_bytes - said.total_bytes
+                    for now, said in zip(best.devices, placement.estimate.devices, strict=True)
+                ),
+                default=excess,
+            )
+            if exceeds <= excess:
+                break
+            excess = exceeds
+        return _assignment(placement, best)
+
+    def _best(self, load: Load | None, placement: Placement, gpus: Sequence[Gpu]) -> MemoryEstimate | None:
+        if self._known is None or load is None:
+            return None
+        by_uuid = {gpu.uuid: gpu for gpu in gpus}
+        placed = [by_uuid[device.uuid] for device in placement.devices]
+        case = self._known.case(load, placement.estimate, placed)
+        record = None if case is None else self._known.find(case)
+        return None if record is None else record.best
 
     def _allowed_gpus(self) -> list[Gpu]:
         allowed = self._config.gpu.allowed
@@ -71,11 +120,11 @@ class Placing:
             if allowed is None or gpu.uuid in allowed or gpu.index in allowed
         ]
 
-    def _policy(self, entry: ModelEntry) -> Policy:
+    def _policy(self, entry: ModelEntry, headroom_bytes: int) -> Policy:
         options = entry.options
         return Policy(
             strategy=self._config.gpu.strategy,
-            headroom_bytes=int(self._config.gpu.headroom_bytes),
+            headroom_bytes=headroom_bytes,
             max_gpus=options.max_gpus,
             allowed=options.gpus,
             cpu=options.cpu or "never",
@@ -124,16 +173,30 @@ def memory_options(entry: ModelEntry) -> dict[str, Any]:
     }
 
 
-def _assignment(placement: Placement) -> Assignment:
+def load_of(entry: ModelEntry) -> Load:
+    """What decides the entry's memory, wherever it goes; it must have a header."""
+    assert entry.header is not None  # noqa: S101 - callers take only what can be served
+    options = {**memory_options(entry), "mmproj": entry.mmproj, "draft": entry.options.draft}
+    extra = entry.options.extra_arguments
+    if entry.options.embeddings is not None:  # else it follows from the file
+        extra = (*extra, f"embeddings={entry.embedding}")
+    return Load(entry.header, options, extra)
+
+
+def _assignment(placement: Placement, best: MemoryEstimate) -> Assignment:
     devices = placement.devices
+    known = best is not placement.estimate and devices
+    sizes = [memory.total_bytes for memory in best.devices] if known else [d.total_bytes for d in devices]
+    told = f"; {best.basis}: {' + '.join(f'{size / GIB:.2f}' for size in sizes)} GiB" if known else ""
     return Assignment(
         mode=placement.mode,
         gpu_uuids=tuple(device.uuid for device in devices),
         gpu_indices=tuple(device.index for device in devices),
-        bytes_by_gpu={device.uuid: device.total_bytes for device in devices},
+        bytes_by_gpu={device.uuid: size for device, size in zip(devices, sizes, strict=True)},
         layers=tuple(device.layers for device in devices),
         gpu_layers=placement.gpu_layers,
         tensor_split=tuple(placement.tensor_split) if placement.tensor_split else None,
         evict=tuple(placement.evict),
-        reason=placement.reason,
+        reason=placement.reason + told,
+        estimate=placement.estimate,
     )

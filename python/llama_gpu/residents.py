@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
+from llama_gpu import MemoryEstimate
 from llama_gpu.budget import Claim
 
 __all__ = ["Assignment", "LeavesFor", "Placer", "Resident", "ResidentState", "ResidentView"]
@@ -14,7 +15,10 @@ __all__ = ["Assignment", "LeavesFor", "Placer", "Resident", "ResidentState", "Re
 
 @dataclass(frozen=True)
 class Assignment:
-    """Where a model goes. ``bytes_by_gpu`` and the per-device tuples are empty on the CPU."""
+    """Where a model goes. ``bytes_by_gpu`` and the per-device tuples are empty on the CPU.
+
+    ``bytes_by_gpu`` is the best that is known, ``estimate`` what was reckoned without that knowledge.
+    """
 
     mode: str
     gpu_uuids: tuple[str, ...] = ()
@@ -25,6 +29,7 @@ class Assignment:
     tensor_split: tuple[float, ...] | None = None
     evict: tuple[str, ...] = ()
     reason: str = ""
+    estimate: MemoryEstimate | None = None
 
 
 @dataclass(frozen=True)

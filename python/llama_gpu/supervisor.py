@@ -36,6 +36,7 @@ from llama_gpu.measured import measured_by_gpu
 from llama_gpu.monitor import REFRESH_TIMEOUT_SECONDS, GpuMonitor
 from llama_gpu.placing import Placing, memory_options
 from llama_gpu.ports import Ports
+from llama_gpu.remembering import Remembering
 from llama_gpu.residents import LeavesFor, Resident
 from llama_gpu.scheduler import Admit, Effect, Limits, Refuse, Scheduler, Start, Stop
 from llama_gpu.server import Server
@@ -66,7 +67,8 @@ class Supervisor:
         self.config = config
         self.catalog = catalog
         self._rescan = rescan
-        self._placing = Placing(config, self.entry)
+        self._memory = Remembering(config, self._spawn)
+        self._placing = Placing(config, self.entry, self._memory.known)
         self.counts = Counts()
         self.changes = StateChanges()
         self.monitor = GpuMonitor(
@@ -107,6 +109,7 @@ class Supervisor:
             ),
             auto_decompress=False,
         )
+        self._memory.recall(self.catalog.models)
         await self.monitor.start()
         self._snapshot_taken(self.monitor.snapshot)
         self._spawn(self._tick_for_ever(), "clock")
@@ -253,7 +256,8 @@ class Supervisor:
         model = start.model
         resident = self.scheduler.residents.get(model)
         try:
-            server = await self._new_server(start)
+            entry, server = self.entry(model), await self._new_server(start)
+            build = self._memory.known.build
             if self.scheduler.residents.get(model) is not resident or model in self._stopping:
                 return  # it was told to leave before there was anything to stop
             self._servers[model] = server
@@ -276,6 +280,7 @@ class Supervisor:
         estimated = start.assignment.bytes_by_gpu
         measured = measured_by_gpu(self.snapshot.gpus, pid, estimated, server.buffers)
         self._decide(lambda now: self.scheduler.server_ready(model, now, measured_by_gpu=measured))
+        self._memory.loaded(entry, start.assignment, self.snapshot.gpus, server, build)
         await server.wait_exited()
         await self._exited(model, server)
 
@@ -348,7 +353,9 @@ class Supervisor:
             ConfigError: there is none, with the way to get one.
         """
         wanted = self.config.engine
-        return await asyncio.to_thread(find_engine, wanted.path, kind=wanted.kind)
+        engine = await asyncio.to_thread(find_engine, wanted.path, kind=wanted.kind)
+        self._memory.engine_found(engine)
+        return engine
 
     async def _preload(self, model: str) -> None:
         try:

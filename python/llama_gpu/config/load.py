@@ -49,7 +49,7 @@ def load_config(
         overrides: settings from the command line by dotted key, such as
             ``{"server.port": 8000}``; a value of None is no override.
         environment: variables, ``os.environ`` by default. Every key of ``server``,
-            ``server_pool``, ``gpu``, ``engine`` and ``log`` has one, such as
+            ``server_pool``, ``gpu``, ``engine``, ``memory`` and ``log`` has one, such as
             ``LLAMA_GPU_SERVER_PORT``, and so has ``models_dirs`` (separated as in PATH).
 
     Raises:
@@ -81,7 +81,7 @@ def load_config(
 def environment_names() -> dict[str, KeyPath]:
     """Each variable that is understood, with the setting it sets."""
     names: dict[str, KeyPath] = {f"{ENVIRONMENT_PREFIX}MODELS_DIRS": ("models_dirs",)}
-    for section in ("server", "server_pool", "gpu", "engine", "log"):
+    for section in ("server", "server_pool", "gpu", "engine", "memory", "log"):
         model = _model_of(Config.model_fields[section])
         for key in model.model_fields if model else ():
             names[f"{ENVIRONMENT_PREFIX}{section}_{key}".upper()] = (section, key)
@@ -134,6 +134,7 @@ def _matching(data: Any, pattern: KeyPath, path: KeyPath = ()) -> Iterator[KeyPa
 def _anchor_paths(data: dict[str, Any], folder: Path) -> None:
     """Makes paths in a file relative to that file: it means the same from every folder."""
     places: list[tuple[Any, str]] = [(data, "models_dir"), (data, "models_dirs")]
+    places.append((data.get("memory"), "file"))
     models = data.get("models")
     for options in (data.get("defaults"), *(models.values() if isinstance(models, dict) else ())):
         places += [(options, "mmproj"), (options, "draft")]

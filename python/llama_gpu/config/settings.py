@@ -25,6 +25,8 @@ from pydantic import (
     PrivateAttr,
 )
 
+from llama_gpu.memory.store import default_file
+
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
 Strategy = Literal["single-gpu-preferred", "distribute", "pack"]
 CpuPolicy = Literal["never", "partial", "allow"]
@@ -206,6 +208,18 @@ class EngineSettings(_Settings):
     """The llama-server program; unset = the one on PATH."""
 
 
+class MemorySettings(_Settings):
+    """What is remembered of the memory that loads took."""
+
+    file: Path | None = None
+    """Where it is remembered; unset = memory.sqlite3 in the user's folder for caches."""
+
+    @property
+    def path(self) -> Path | None:
+        """The file that holds; None where this user has no folder for one."""
+        return self.file or default_file()
+
+
 class LogSettings(_Settings):
     """What is written to the standard error stream."""
 
@@ -236,6 +250,8 @@ class Config(_Settings):
     """Which GPUs are used, and how models are laid on them."""
     engine: EngineSettings = EngineSettings()
     """The llama.cpp that does the work."""
+    memory: MemorySettings = MemorySettings()
+    """What is remembered of the memory that loads took."""
     log: LogSettings = LogSettings()
     """What is written to the standard error stream."""
 

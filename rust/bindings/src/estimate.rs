@@ -79,7 +79,6 @@ pub(crate) struct ParsedOptions {
     pub(crate) options: EstimateOptions,
     pub(crate) projector: Option<ProjectorFacts>,
     pub(crate) draft: Option<Arc<ModelFacts>>,
-    pub(crate) best_tier: bool,
 }
 
 impl ParsedOptions {
@@ -135,7 +134,6 @@ impl ParsedOptions {
             "kv_offload" => options.kv_offload = value.extract()?,
             "swa_full" => options.swa_full = value.extract()?,
             "backend" => options.backend = word(key, value, &BACKENDS)?,
-            "tier" => self.best_tier = word(key, value, &TIERS)?,
             "mmproj" if value.is_none() => self.projector = None,
             "mmproj" => {
                 let header = header_from_any(value)?;
@@ -164,7 +162,6 @@ const FLASH_ATTENTION: [(&str, FlashAttention); 3] = [
     ("auto", FlashAttention::Auto),
 ];
 const BACKENDS: [(&str, Backend); 2] = [("cuda", Backend::Cuda), ("generic", Backend::Generic)];
-const TIERS: [(&str, bool); 2] = [("analytic", false), ("best", true)];
 
 fn wrong(key: &str, must: &str) -> PyErr {
     PyValueError::new_err(format!("{key} {must}"))
@@ -395,7 +392,7 @@ impl PyMemoryEstimate {
     text_signature = "(model, *, context_length=0, parallel=1, kv_unified=False, batch=2048, micro_batch=512, \
                       flash_attention='auto', cache_type_k='f16', cache_type_v='f16', gpu_layers=None, devices=1, \
                       tensor_split=None, cpu_moe_layers=0, kv_offload=True, swa_full=False, mmproj=None, draft=None, \
-                      backend='cuda', tier='analytic')"
+                      backend='cuda')"
 )]
 pub(crate) fn estimate(
     model: &Bound<'_, PyAny>,

@@ -501,7 +501,7 @@ impl KnownModel {
     text_signature = "(model, gpus, *, policy=None, running=(), context_length=0, parallel=1, kv_unified=False, \
                       batch=2048, micro_batch=512, flash_attention='auto', cache_type_k='f16', cache_type_v='f16', \
                       gpu_layers=None, cpu_moe_layers=0, kv_offload=True, swa_full=False, mmproj=None, draft=None, \
-                      backend='cuda', tier='analytic')"
+                      backend='cuda')"
 )]
 pub(crate) fn place(
     model: &Bound<'_, PyAny>,

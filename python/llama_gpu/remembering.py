@@ -1,0 +1,93 @@
+"""Remembers what every load of the proxy took, for the next placement and for ``estimate``.
+
+Requests never wait for it: files are read and written in threads, by tasks of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from typing import Any
+
+import structlog
+
+from llama_gpu import Gpu, MemoryEstimate, estimate
+from llama_gpu.catalog import ModelEntry
+from llama_gpu.config import Config
+from llama_gpu.launch import Engine
+from llama_gpu.measured import taken_by_load
+from llama_gpu.memory.known import KnownMemory
+from llama_gpu.memory.record import Taken
+from llama_gpu.memory.store import store_at
+from llama_gpu.placing import load_of
+from llama_gpu.residents import Assignment
+from llama_gpu.server import Server
+
+__all__ = ["Remembering"]
+
+Spawn = Callable[[Coroutine[Any, Any, None], str], None]
+
+_log = structlog.get_logger("llama_gpu")
+
+
+class Remembering:
+    """``known`` is what placing asks; ``spawn`` runs a coroutine on its own."""
+
+    def __init__(self, config: Config, spawn: Spawn) -> None:
+        self.known = KnownMemory(store_at(config.memory.path))
+        self._spawn = spawn
+
+    def recall(self, entries: Iterable[ModelEntry]) -> None:
+        """Read what earlier processes remembered; until that is done, estimates are analytic."""
+        headers = [entry.header for entry in entries if entry.header is not None]
+
+        async def read() -> None:
+            count = await asyncio.to_thread(self.known.read, headers)
+            if count:
+                _log.info(f"what {count} load{'s' * (count != 1)} took is remembered")
+
+        self._spawn(read(), "recalling memory")
+
+    def engine_found(self, engine: Engine) -> None:
+        """From now on loads are made with this llama.cpp."""
+        if mark := self.known.use_engine(engine):
+            self._spawn(_in_thread(self.known.store.set_engine, mark), "remembering the engine")
+
+    def loaded(
+        self,
+        entry: ModelEntry,
+        assignment: Assignment,
+        gpus: Sequence[Gpu],
+        server: Server,
+        build: str | None,
+    ) -> None:
+        """A server became ready; ``gpus`` is a snapshot of that time, ``build`` what it was started with."""
+        taken = taken_by_load(
+            gpus, server.pid, assignment.gpu_uuids, server.buffers, logged_in_full=entry.mmproj is None
+        )
+        by_uuid = {gpu.uuid: gpu for gpu in gpus}
+        used = [by_uuid[uuid] for uuid in assignment.gpu_uuids if uuid in by_uuid]
+        # The engine may have been replaced since; then nobody knows which of the two this was.
+        if taken is not None and entry.header is not None and build == self.known.build:
+            self._spawn(
+                _in_thread(self._remember, entry, assignment.estimate, used, taken), f"remembering {entry.id}"
+            )
+
+    def _remember(
+        self, entry: ModelEntry, said: MemoryEstimate | None, gpus: Sequence[Gpu], taken: Taken
+    ) -> None:
+        load = load_of(entry)
+        if said is None or len(said.devices) != len(gpus):
+            said = estimate(load.header, **{**load.options, "devices": len(gpus)})
+        case = self.known.case(load, said, gpus)
+        if case is None:
+            return
+        record = self.known.remember(case, entry.id, entry.path, said, taken=taken)
+        if record.measured is not None:
+            took = record.measured.total_device_bytes or record.measured.host.total_bytes
+            expected = said.total_device_bytes or said.host.total_bytes
+            _log.debug(f"{entry.id} took {took} bytes where {expected} were estimated")
+
+
+async def _in_thread(work: Callable[..., object], *values: object) -> None:
+    await asyncio.to_thread(work, *values)
