@@ -12,6 +12,7 @@ from typing import Any
 import structlog
 
 from llama_gpu import Gpu, MemoryEstimate, estimate
+from llama_gpu.buffer_lines import LoadedBuffers
 from llama_gpu.catalog import ModelEntry
 from llama_gpu.config import Config
 from llama_gpu.launch import Engine
@@ -21,7 +22,6 @@ from llama_gpu.memory.record import Taken
 from llama_gpu.memory.store import store_at
 from llama_gpu.placing import load_of
 from llama_gpu.residents import Assignment
-from llama_gpu.server import Server
 
 __all__ = ["Remembering"]
 
@@ -58,13 +58,17 @@ class Remembering:
         entry: ModelEntry,
         assignment: Assignment,
         gpus: Sequence[Gpu],
-        server: Server,
+        buffers: LoadedBuffers,
+        *,
+        pid: int | None,
         build: str | None,
     ) -> None:
-        """A server became ready; ``gpus`` is a snapshot of that time, ``build`` what it was started with."""
-        taken = taken_by_load(
-            gpus, server.pid, assignment.gpu_uuids, server.buffers, logged_in_full=entry.mmproj is None
-        )
+        """A server became ready.
+
+        ``gpus`` is a snapshot of that time, ``pid`` the server as the driver knows it, None where it does
+        not, and ``build`` the llama.cpp that it was started with.
+        """
+        taken = taken_by_load(gpus, pid, assignment.gpu_uuids, buffers, logged_in_full=entry.mmproj is None)
         by_uuid = {gpu.uuid: gpu for gpu in gpus}
         used = [by_uuid[uuid] for uuid in assignment.gpu_uuids if uuid in by_uuid]
         # The engine may have been replaced since; then nobody knows which of the two this was.

@@ -280,7 +280,7 @@ class Supervisor:
         estimated = start.assignment.bytes_by_gpu
         measured = measured_by_gpu(self.snapshot.gpus, pid, estimated, server.buffers)
         self._decide(lambda now: self.scheduler.server_ready(model, now, measured_by_gpu=measured))
-        self._memory.loaded(entry, start.assignment, self.snapshot.gpus, server, build)
+        self._memory.loaded(entry, start.assignment, self.snapshot.gpus, server.buffers, pid=pid, build=build)
         await server.wait_exited()
         await self._exited(model, server)
 
