@@ -160,6 +160,7 @@ class Supervisor:
             self._scan = asyncio.ensure_future(asyncio.to_thread(self._rescan))
         try:
             self.catalog = await asyncio.shield(self._scan)
+            self._memory.recall(self.catalog.models)
         except (LlamaGpuError, OSError) as error:
             _log.warning(f"the model folders cannot be read again: {error}")
 
