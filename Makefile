@@ -5,6 +5,7 @@
 #   make test         cargo tests and pytest, with the real engine
 #   make check        formats, lints, types, stubs
 #   make soak         a day of health checks in two minutes, while GPUs and servers fail
+#   make bench-fallback  requests per second without a GPU, against GPU code switched off
 #   make bench        parsing, estimating and placing, against the clock
 #   make wheel        dist/*.whl
 #   make wheel-check  that wheel in an empty environment, without Rust
@@ -37,7 +38,7 @@ PIP := $(PY) -m pip install --quiet
 PINNED := --constraint constraints.txt
 RUST := Cargo.toml Cargo.lock pyproject.toml $(shell find rust -name target -prune -o \( -name '*.rs' -o -name Cargo.toml \) -print)
 
-.PHONY: help serve test test-rust test-python check soak bench wheel wheel-check lock clean toolchain
+.PHONY: help serve test test-rust test-python check soak bench bench-fallback wheel wheel-check lock clean toolchain
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
@@ -98,6 +99,9 @@ soak: $(DONE)/release $(DONE)/dev
 bench: $(DONE)/release $(DONE)/dev
 	$(PY) -m pytest -q -o addopts= tests/benchmarks --benchmark-only --benchmark-columns=min,median,max,rounds $(ARGS)
 	cargo bench --quiet --package llama-gpu-core --bench '*'
+
+bench-fallback: $(DONE)/release $(DONE)/dev
+	PYTHONPATH=tests $(PY) -m support.fallback $(ARGS)
 
 wheel: $(DONE)/run | toolchain
 	rm -rf dist
