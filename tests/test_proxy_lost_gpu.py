@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
-from support.fake_nvml import GIB, FakeGpu, FakeNvml, default_uuid
+from support.fake_nvml import DRIVER_NOT_LOADED, GIB, FakeGpu, FakeNvml, default_uuid
 from support.gguf_builder import write_llama
 from support.proxy import Proxy, chat_body, endless_body, running_proxy
+
+HW_THERMAL_SLOWDOWN = 0x40  # nvmlClocksThrottleReasonHwThermalSlowdown
 
 CONFIG = {
     "defaults": {"context_length": 32768, "threads": 1, "parallel": 1},
@@ -119,10 +121,35 @@ def test_requests_that_wait_for_a_server_on_a_lost_gpu_are_served_by_the_next(
     assert gpus_of(proxy, "ant") == [1]
 
 
-def test_a_hot_gpu_is_avoided_while_there_is_another(proxy: Proxy, fake_nvml: FakeNvml) -> None:
-    fake_nvml.update(0, temperature=95)
+@pytest.mark.parametrize("trouble", [{"temperature": 95}, {"throttle": HW_THERMAL_SLOWDOWN}], ids=str)
+def test_a_gpu_that_is_hot_or_slowed_down_is_avoided_while_there_is_another(
+    proxy: Proxy, fake_nvml: FakeNvml, trouble: dict[str, int]
+) -> None:
+    fake_nvml.update(0, **trouble)
     assert proxy.chat("ant").status_code == 200
     assert gpus_of(proxy, "ant") == [1]
+    state = proxy.get("/health")
+    assert state["status"] == "ok", "it could still be used"
+    assert (gpu(state, 0)["health"] == "degraded") == ("throttle" in trouble)
+    fake_nvml.lose(1)
+    proxy.wait_until(lambda state: not state["servers"])
+    assert proxy.chat("ant").status_code == 200
+    assert gpus_of(proxy, "ant") == [0], "where there is no choice it is used"
+
+
+def test_a_driver_library_that_fails_as_a_whole_ends_no_server(proxy: Proxy, fake_nvml: FakeNvml) -> None:
+    assert proxy.chat("ant").status_code == 200
+    served_by = proxy.pid_of("ant")
+    fake_nvml.errors = {"nvmlInit_v2": DRIVER_NOT_LOADED, "nvmlDeviceGetCount_v2": DRIVER_NOT_LOADED}
+    fake_nvml.write()
+    state = proxy.wait_until(lambda state: state["status"] == "degraded")
+    assert state["reasons"]
+    assert proxy.chat("ant").status_code == 200
+    assert proxy.pid_of("ant") == served_by
+    fake_nvml.errors = {}
+    fake_nvml.write()
+    proxy.wait_until(lambda state: state["status"] == "ok")
+    assert proxy.pid_of("ant") == served_by
 
 
 def test_a_gpu_that_hangs_keeps_health_quick_the_others_fresh_and_the_end_clean(

@@ -109,7 +109,8 @@ async def _forward(scope: Scope, send: Send, body: bytes, upstream: Upstream) ->
             skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
         )
     except (aiohttp.ClientError, OSError) as error:
-        message = f"the server of {upstream.model!r} did not answer: {error or type(error).__name__}"
+        why = upstream.why_stopped() or str(error) or type(error).__name__
+        message = f"the server of {upstream.model!r} did not answer: {why}"
         raise ServerExitedError(message, model=upstream.model) from error
     async with response:
         await _stream_back(response, send, upstream)

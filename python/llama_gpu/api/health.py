@@ -84,7 +84,7 @@ def health(supervisor: Supervisor) -> Health:
     reasons = [
         f"GPU {gpu.id} is {gpu.health}: {gpu.health_reason or 'no reason given'}"
         for gpu in pool.gpu_list
-        if gpu.health != "ok"
+        if gpu.state == "error"  # one that is only slowed down still takes models, and says so itself
     ]
     reasons += [
         f"the server of {server.model_id} is in error" for server in servers if server.status == "error"
