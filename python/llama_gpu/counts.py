@@ -28,6 +28,7 @@ class Counts:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._last_failure: LlamaGpuError | None = None
         self._decisions = Histogram(
             "llama_gpu_decision_seconds",
             "Time that one decision took, by what came of it",
@@ -78,7 +79,10 @@ class Counts:
         self._loads.labels(model).observe(seconds)
 
     def failed(self, error: LlamaGpuError) -> None:
-        """A server did not start or ended by itself, or a request was refused."""
+        """A server did not start or ended by itself, or requests were refused; one error counts once."""
+        if error is self._last_failure:
+            return
+        self._last_failure = error
         self._failures.labels(error_reply(error).body["error"]["code"]).inc()
 
     def answered(self, model: str, status: int) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass
@@ -31,15 +30,16 @@ from llama_gpu.errors import (
     UnknownModelError,
 )
 from llama_gpu.events import StateChanges
-from llama_gpu.launch import Engine, plan_launch
+from llama_gpu.launch import Engine
 from llama_gpu.measured import measured_by_gpu
 from llama_gpu.monitor import REFRESH_TIMEOUT_SECONDS, GpuMonitor
-from llama_gpu.placing import Placing, memory_options
+from llama_gpu.placing import Placing
 from llama_gpu.ports import Ports
 from llama_gpu.remembering import Remembering
 from llama_gpu.residents import LeavesFor, Resident
 from llama_gpu.scheduler import Admit, Effect, Limits, Refuse, Scheduler, Start, Stop
 from llama_gpu.server import Server
+from llama_gpu.starting import new_server
 
 __all__ = ["ResidentServer", "Supervisor"]
 
@@ -73,7 +73,7 @@ class Supervisor:
         self.changes = StateChanges()
         self.monitor = GpuMonitor(
             interval_seconds=config.gpu.monitoring_interval,
-            off_reason=_switched_off(config),
+            off_reason=config.gpu.off_reason,
             on_snapshot=self._snapshot_taken,
         )
         self.scheduler = Scheduler(
@@ -257,7 +257,15 @@ class Supervisor:
         model = start.model
         resident = self.scheduler.residents.get(model)
         try:
-            entry, server = self.entry(model), await self._new_server(start)
+            entry, engine = self.entry(model), await self.engine()
+            server = new_server(
+                entry,
+                start.assignment,
+                engine,
+                pool=self.config.server_pool,
+                http=self.session,
+                ports=self._ports,
+            )
             build = self._memory.known.build
             if self.scheduler.residents.get(model) is not resident or model in self._stopping:
                 return  # it was told to leave before there was anything to stop
@@ -318,34 +326,6 @@ class Supervisor:
         finally:
             self._stopping.discard(model)
         self._decide(lambda now: self.scheduler.server_stopped(model, now))
-
-    async def _new_server(self, start: Start) -> Server:
-        entry, assignment, pool = self.entry(start.model), start.assignment, self.config.server_pool
-        plan = plan_launch(
-            engine=await self.engine(),
-            model_path=entry.path,
-            alias=entry.id,
-            api_key=secrets.token_urlsafe(24),
-            gpu_uuids=assignment.gpu_uuids,
-            gpu_layers=assignment.gpu_layers,
-            tensor_split=assignment.tensor_split or (),
-            embeddings=entry.embedding,
-            mmproj=entry.mmproj,
-            draft=entry.options.draft,
-            threads=entry.options.threads,
-            extra_arguments=entry.options.extra_arguments,
-            host=pool.bind_host,
-            **memory_options(entry),
-        )
-        return Server(
-            plan,
-            model=start.model,
-            http=self.session,
-            ports=self._ports,
-            start_timeout_seconds=entry.options.start_timeout_seconds or pool.health_timeout,
-            stop_grace_seconds=pool.stop_timeout,
-            on_log=structlog.get_logger("llama_gpu.engine").bind(model=start.model).debug,
-        )
 
     async def engine(self) -> Engine:
         """The engine, looked for anew each time, so that installing one helps at once.
@@ -418,11 +398,3 @@ class Supervisor:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error(f"{task.get_name()} failed: {error!r}", exc_info=error)
-
-
-def _switched_off(config: Config) -> str | None:
-    if not config.gpu.enabled:
-        return "GPU support is switched off (gpu.enabled: false)"
-    if not config.gpu.enable_gpu_monitoring:
-        return "GPU monitoring is switched off (gpu.enable_gpu_monitoring: false)"
-    return None

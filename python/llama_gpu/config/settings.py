@@ -194,6 +194,15 @@ class GpuSettings(_Settings):
         return "allow" if self.cpu_fallback else "never"
 
     @property
+    def off_reason(self) -> str | None:
+        """Why no GPU is looked at, in words; None where they are."""
+        if not self.enabled:
+            return "GPU support is switched off (gpu.enabled: false)"
+        if not self.enable_gpu_monitoring:
+            return "GPU monitoring is switched off (gpu.enable_gpu_monitoring: false)"
+        return None
+
+    @property
     def serves_without_gpu(self) -> bool:
         """Whether models run on the CPU where no GPU is usable."""
         return not self.enabled or self.cpu_fallback is not False
