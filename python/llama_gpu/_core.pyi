@@ -24,14 +24,17 @@ __all__ = [
     "Monitor",
     "PlacedDevice",
     "Placement",
+    "Plan",
     "Policy",
     "Running",
     "Shard",
     "Tensor",
+    "Wanted",
     "__version__",
     "estimate",
     "has_host_pids",
     "place",
+    "plan",
     "read_header",
     "snapshot_gpus",
 ]
@@ -855,6 +858,89 @@ def place(
         UnsupportedModelError: the file is valid but no language model.
         OSError: the file cannot be read.
         InvalidGgufError: the file breaks the format.
+    """
+
+@final
+class Wanted:
+    """A model that should be resident, as ``plan`` is asked for it. The header is read here.
+
+    Args:
+        model: a GGUF file, or its header.
+        id: its name in the plan; None is the file's name without its ending.
+        value: what having it is worth, compared with others.
+        priority: a step up is worth four times as much.
+        pinned: whether the plan must contain it.
+        allowed: the only GPUs it may use; None for those of the policy.
+        options: what ``place`` takes of ``estimate``.
+
+    Raises:
+        ValueError: ``value`` is negative or not finite, or an option is out of range.
+        TypeError: an unknown keyword.
+        UnsupportedModelError: the file is valid but no language model.
+        OSError: the file cannot be read.
+        InvalidGgufError: the file breaks the format.
+    """
+
+    def __new__(
+        cls,
+        model: str | PathLike[str] | Header,
+        *,
+        id: str | None = None,  # noqa: A002 -- the name is the contract
+        value: float = 1.0,
+        priority: int = 0,
+        pinned: bool = False,
+        allowed: Iterable[int | str] | None = None,
+        **options: Any,
+    ) -> Self: ...
+    @property
+    def id(self) -> str:
+        """Its name in the plan."""
+
+    @property
+    def value(self) -> float:
+        """What having it is worth, compared with others."""
+
+    @property
+    def priority(self) -> int:
+        """A step up is worth four times as much."""
+
+    @property
+    def pinned(self) -> bool:
+        """Whether the plan must contain it."""
+
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]: ...
+
+@final
+class Plan:
+    """Which models are resident together, and where."""
+
+    @property
+    def placements(self) -> dict[str, Placement]:
+        """The place of each model that is in, by its id."""
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Why each other model is not in, by its id, in words."""
+
+    @property
+    def free_bytes_by_gpu(self) -> dict[str, int]:
+        """What stays free on each GPU that may be used, by UUID; the headroom is part of it."""
+
+    def __eq__(self, other: object, /) -> bool: ...
+
+def plan(
+    models: Iterable[Wanted], gpus: GpuSnapshot | Iterable[Gpu], *, policy: Policy | None = None
+) -> Plan:
+    """Find the models that are worth the most together, and the place of each.
+
+    Pinned models are always among them. A model that is too large for any one GPU is split over
+    the fewest. The plan is one that no exchange over one or two GPUs makes better; it takes
+    milliseconds and keeps the interpreter. ``strategy`` and ``cpu`` of the policy count for models
+    that are split only.
+
+    Raises:
+        DoesNotFitError: the pinned models cannot stand together; says which is short of how much, where.
+        ValueError: two models have the same id, or an option is refused for a model.
     """
 
 @final

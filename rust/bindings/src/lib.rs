@@ -7,6 +7,7 @@ mod gpu;
 mod ledger;
 mod metadata;
 mod placement;
+mod plan;
 
 #[pyo3::pymodule(gil_used = false)]
 mod _core {
@@ -27,6 +28,8 @@ mod _core {
     use crate::ledger::{PyClaim, PyLease, PyLedger};
     #[pymodule_export]
     use crate::placement::{PyPlacedDevice, PyPlacement, PyPolicy, PyRunning, place};
+    #[pymodule_export]
+    use crate::plan::{PyPlan, PyWanted, plan};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -17,7 +17,7 @@ use crate::estimate::{ParsedOptions, PyMemoryEstimate, estimate_error, facts_of}
 use crate::gguf::header_from_any;
 use crate::gpu::{PyGpu, PyGpuSnapshot, repr_from_fields};
 
-type NewArguments<'py> = (Bound<'py, PyTuple>, Bound<'py, PyDict>);
+pub(crate) type NewArguments<'py> = (Bound<'py, PyTuple>, Bound<'py, PyDict>);
 
 fn unknown_choice(key: &str, error: &UnknownChoice) -> PyErr {
     PyValueError::new_err(format!("{key}: {error}"))
@@ -32,7 +32,7 @@ fn unknown_choice(key: &str, error: &UnknownChoice) -> PyErr {
     module = "llama_gpu"
 )]
 #[derive(Clone, PartialEq, Eq, Hash)]
-pub(crate) struct PyPolicy(Policy);
+pub(crate) struct PyPolicy(pub(crate) Policy);
 
 #[pymethods]
 impl PyPolicy {
@@ -124,7 +124,7 @@ impl PyPolicy {
 }
 
 /// Indices and UUIDs; a lone string would otherwise be taken for a list of letters.
-fn gpu_names(names: &Bound<'_, PyAny>) -> PyResult<Vec<GpuName>> {
+pub(crate) fn gpu_names(names: &Bound<'_, PyAny>) -> PyResult<Vec<GpuName>> {
     if names.is_instance_of::<PyString>() {
         return Err(PyTypeError::new_err(
             "allowed must be a sequence of GPU indices and UUIDs",
@@ -301,7 +301,7 @@ impl PyPlacedDevice {
 
 #[pyclass(frozen, eq, from_py_object, name = "Placement", module = "llama_gpu")]
 #[derive(Clone, PartialEq)]
-pub(crate) struct PyPlacement(Placement);
+pub(crate) struct PyPlacement(pub(crate) Placement);
 
 #[pymethods]
 impl PyPlacement {
@@ -413,7 +413,7 @@ impl<'py> Gpus<'py> {
 }
 
 /// Every element of a sequence as the class it must have.
-fn elements<'py, Class: pyo3::PyClass>(
+pub(crate) fn elements<'py, Class: pyo3::PyClass>(
     sequence: &Bound<'py, PyAny>,
     wanted: &str,
 ) -> PyResult<Vec<Bound<'py, Class>>> {
@@ -512,7 +512,7 @@ pub(crate) fn place(
 ) -> PyResult<PyPlacement> {
     let py = model.py();
     let header = header_from_any(model)?;
-    let parsed = estimate_options(options)?;
+    let parsed = estimate_options("place", options)?;
     let facts = facts_of(py, &header)?;
     let default = Policy::default();
     let policy = policy.map_or(&default, |policy| &policy.get().0);
@@ -532,20 +532,23 @@ pub(crate) fn place(
 }
 
 /// What `estimate` takes by keyword, without what `place` is asked to find out.
-fn estimate_options(keywords: Option<&Bound<'_, PyDict>>) -> PyResult<ParsedOptions> {
+pub(crate) fn estimate_options(
+    function: &str,
+    keywords: Option<&Bound<'_, PyDict>>,
+) -> PyResult<ParsedOptions> {
     let mut parsed = ParsedOptions::default();
     for (key, value) in keywords.into_iter().flatten() {
         let key: String = key.extract()?;
         let is_the_answer = key == "devices" || key == "tensor_split";
         if is_the_answer || !parsed.set(&key, &value)? {
-            let message = format!("place() got an unexpected keyword argument '{key}'");
+            let message = format!("{function}() got an unexpected keyword argument '{key}'");
             return Err(PyTypeError::new_err(message));
         }
     }
     Ok(parsed)
 }
 
-fn does_not_fit(py: Python<'_>, refusal: &DoesNotFit) -> PyErr {
+pub(crate) fn does_not_fit(py: Python<'_>, refusal: &DoesNotFit) -> PyErr {
     let fields = PyDict::new(py);
     let free = PyDict::new(py);
     let filled = refusal

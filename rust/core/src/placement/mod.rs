@@ -10,6 +10,7 @@
 //! same values in give the same placement out.
 
 mod advice;
+mod assign;
 mod candidate;
 mod cover;
 mod decide;
@@ -18,6 +19,7 @@ mod explain;
 mod ledger;
 mod pack;
 mod place;
+mod plan;
 mod policy;
 mod refusal;
 mod split;
@@ -28,4 +30,5 @@ pub use ledger::{BytesByPool, Claim, HOST, Lease, LeaseState, Ledger, Refused};
 pub use place::{
     DoesNotFit, Mode, PlaceError, PlacedDevice, Placement, Remembered, place, place_again,
 };
+pub use plan::{Plan, PlanError, Wanted, plan};
 pub use policy::{CpuUse, GpuName, Policy, Running, Strategy, UnknownChoice};

@@ -286,7 +286,7 @@ pub fn place_again<G: Borrow<Gpu>>(
     Ok(placed)
 }
 
-fn placement<G: Borrow<Gpu>>(
+pub(crate) fn placement<G: Borrow<Gpu>>(
     model: &Estimated<'_>,
     decision: &Decision,
     gpus: &[G],

@@ -161,8 +161,6 @@ impl Running {
     const LOADED_PER_SECOND: f64 = 2e9;
     /// After this many idle seconds a model is held to be half as likely to be asked for soon.
     const IDLE_HALVES_AFTER: f64 = 300.0;
-    /// The price of a step in priority: it outweighs four times the reload time.
-    const PRIORITY_FACTOR: f64 = 4.0;
 
     /// Whether it may be evicted for a newcomer of this priority.
     pub fn may_leave_for(&self, priority: i32) -> bool {
@@ -185,8 +183,7 @@ impl Running {
         } else {
             0.0
         };
-        let steps = self.priority.clamp(-8, 8);
-        let cost = 1e6 * reload.unwrap_or(from_size) * Self::PRIORITY_FACTOR.powi(steps)
+        let cost = 1e6 * reload.unwrap_or(from_size) * priority_factor(self.priority)
             / (1.0 + idle / Self::IDLE_HALVES_AFTER);
         #[expect(
             clippy::cast_possible_truncation,
@@ -196,4 +193,10 @@ impl Running {
         let cost = cost.clamp(1.0, MOST) as u64;
         cost
     }
+}
+
+/// How much more a model of this priority is worth than one of priority 0: four times for each
+/// step, steps beyond ±8 not counted.
+pub(crate) fn priority_factor(priority: i32) -> f64 {
+    4.0_f64.powi(priority.clamp(-8, 8))
 }
