@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pickle
+from random import Random
 from typing import TYPE_CHECKING, Any
 
+import gguf
+import numpy as np
 import pytest
 
 import llama_gpu as lg
@@ -138,3 +141,109 @@ def test_a_draft_model_adds_its_buffers(llama: Path, tmp_path: Path) -> None:
     assert both.weights_bytes == alone.weights_bytes + other.weights_bytes
     assert both.context_bytes == alone.context_bytes + other.context_bytes
     assert both.overhead_bytes == alone.overhead_bytes
+
+
+def write_adapter(path: Path, architecture: str, shapes: dict[str, tuple[int, int]]) -> Path:
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    for name, (inputs, outputs) in shapes.items():
+        writer.add_tensor(f"{name}.lora_a", np.zeros((16, inputs), np.float16))
+        writer.add_tensor(f"{name}.lora_b", np.zeros((outputs, 16), np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_an_adapter_lies_with_the_layers_that_it_changes(llama: Path, tmp_path: Path) -> None:
+    shapes = {f"blk.{layer}.attn_q.weight": (4096, 4096) for layer in range(32)}
+    adapter = write_adapter(tmp_path / "adapter.gguf", "llama", shapes)
+    options: dict[str, Any] = {"context_length": 4096, "devices": 2, "gpu_layers": 17, "backend": "generic"}
+    without = lg.estimate(llama, **options)
+    with_it = lg.estimate(llama, lora=[adapter], **options)
+    one_layer = 2 * 16 * 4096 * 2
+    added = [
+        after.weights_bytes - before.weights_bytes
+        for before, after in zip(without.devices, with_it.devices, strict=True)
+    ]
+    on_devices = [device.layers for device in without.devices]
+    assert added == [on_devices[0] * one_layer, (on_devices[1] - 1) * one_layer]
+    assert with_it.host.weights_bytes - without.host.weights_bytes == 16 * one_layer
+
+
+def test_refuses_an_adapter_for_another_architecture(llama: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter.gguf", "qwen3", {"blk.0.attn_q.weight": (64, 64)})
+    with pytest.raises(UnsupportedModelError, match="another architecture"):
+        lg.estimate(llama, lora=[adapter])
+
+
+def test_an_adapter_alone_is_no_model(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter.gguf", "llama", {"blk.0.attn_q.weight": (64, 64)})
+    with pytest.raises(UnsupportedModelError, match="LoRA adapter, not a language model"):
+        lg.estimate(adapter)
+
+
+def write_projector(path: Path) -> Path:
+    writer = gguf.GGUFWriter(path, "clip")
+    writer.add_string("clip.projector_type", "gemma3")
+    for key, value in {"image_size": 896, "patch_size": 14, "embedding_length": 1152}.items():
+        writer.add_uint32(f"clip.vision.{key}", value)
+    writer.add_uint32("clip.vision.feed_forward_length", 4304)
+    writer.add_tensor("v.patch_embd.weight", np.zeros((1152, 588), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_projector_goes_to_the_first_device(llama: Path, tmp_path: Path) -> None:
+    projector = write_projector(tmp_path / "mmproj.gguf")
+    without = lg.estimate(llama, context_length=4096, devices=2)
+    with_it = lg.estimate(llama, context_length=4096, devices=2, mmproj=projector)
+    first, second = with_it.devices
+    assert first.weights_bytes - without.devices[0].weights_bytes == 1152 * 588 * 4
+    assert first.compute_bytes > without.devices[0].compute_bytes
+    assert second == without.devices[1]
+
+
+def test_a_projector_alone_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="projector, not a language model"):
+        lg.estimate(write_projector(tmp_path / "mmproj.gguf"))
+
+
+def test_larger_boards_have_a_larger_overhead(llama: Path) -> None:
+    turing = lg.estimate(llama, compute_capability=(7, 5)).devices[0].overhead_bytes
+    blackwell = lg.estimate(llama, compute_capability=(12, 0)).devices[0].overhead_bytes
+    assert 200 << 20 < turing < blackwell < 800 << 20
+
+
+def test_any_option_set_gives_an_estimate_or_names_the_option(tmp_path: Path) -> None:
+    random = Random(7)
+    for model in ground_truth.model_names():
+        header = lg.read_header(ground_truth.write_model(model, tmp_path))
+        for _ in range(10):
+            options = {
+                "context_length": random.choice([0, 1, 255, 4096, 70_000, 2**32 - 1]),
+                "parallel": random.choice([1, 3, 8, 256]),
+                "kv_unified": random.random() < 0.5,
+                "batch": random.choice([1, 100, 2048]),
+                "micro_batch": random.choice([1, 64, 512, 2**32 - 1]),
+                "flash_attention": random.choice(["on", "off", "auto"]),
+                "cache_type_k": random.choice(["f16", "q8_0", "f32", "q4_0"]),
+                "cache_type_v": random.choice(["f16", "q8_0", "bf16"]),
+                "gpu_layers": random.choice([None, 0, 1, 5, 10**6]),
+                "devices": random.choice([0, 1, 2, 5]),
+                "cpu_moe_layers": random.choice([0, 1, "all"]),
+                "kv_offload": random.random() < 0.8,
+                "swa_full": random.random() < 0.3,
+                "backend": random.choice(["cuda", "generic"]),
+            }
+            try:
+                estimate = lg.estimate(header, **options)
+            except ValueError as error:
+                assert str(error).split()[0] in options  # noqa: PT017
+            else:
+                assert len(estimate.devices) == options["devices"]

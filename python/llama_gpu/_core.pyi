@@ -570,7 +570,9 @@ def estimate(
     swa_full: bool = False,
     mmproj: str | PathLike[str] | Header | None = None,
     draft: str | PathLike[str] | Header | None = None,
+    lora: Sequence[str | PathLike[str] | Header] = (),
     backend: Literal["cuda", "generic"] = "cuda",
+    compute_capability: tuple[int, int] | None = None,
 ) -> MemoryEstimate:
     """The analytic tier of ``llama_gpu.estimate``: the memory of a model, per device and on the host.
 
@@ -599,7 +601,9 @@ def estimate(
         swa_full: sliding layers get cells for the whole context, as ``--swa-full``.
         mmproj: a projector that is loaded with the model.
         draft: a draft model that is loaded with the model.
+        lora: LoRA adapters that are loaded with the model.
         backend: whose buffer rules count; ``"generic"`` is llama.cpp alone, without any driver's overhead.
+        compute_capability: the devices' CUDA compute capability, for the driver's overhead.
 
     Raises:
         ValueError: an option is out of range, or llama.cpp refuses it for this model; it is named.

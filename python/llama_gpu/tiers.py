@@ -47,6 +47,10 @@ class EstimateOptions(TypedDict, total=False):
     """A projector that is loaded with the model."""
     draft: str | PathLike[str] | Header | None
     """A draft model that is loaded with the model."""
+    lora: Sequence[str | PathLike[str] | Header]
+    """LoRA adapters that are loaded with the model (default: none)."""
+    compute_capability: tuple[int, int] | None
+    """The devices' CUDA compute capability, for the driver's overhead."""
     backend: Literal["cuda", "generic"]
     """Whose buffer rules count; ``"generic"`` is llama.cpp alone, without any driver's overhead."""
 

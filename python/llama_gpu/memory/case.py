@@ -77,6 +77,8 @@ def options_text(
     for name in COMPANIONS:
         companion = options.get(name)
         chosen[name] = None if companion is None else model_identity(companion)
+    if options.get("lora"):
+        chosen["lora"] = sorted(model_identity(adapter) for adapter in options["lora"])
     if extra_arguments:
         chosen["extra_arguments"] = list(extra_arguments)
     return json.dumps(chosen, sort_keys=True, separators=(",", ":"))

@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
 
 use llama_gpu_core::estimate::{
-    Backend, Companions, CpuMoe, DeviceMemory, EstimateError, EstimateOptions, FlashAttention,
-    MemoryEstimate, ProjectorFacts, estimate_with,
+    AdapterFacts, Backend, Companions, CpuMoe, DeviceMemory, EstimateError, EstimateOptions,
+    FlashAttention, MemoryEstimate, ProjectorFacts, estimate_with,
 };
 use llama_gpu_core::gguf::{GgmlType, Header};
 use llama_gpu_core::model::ModelFacts;
@@ -79,6 +79,7 @@ pub(crate) struct ParsedOptions {
     pub(crate) options: EstimateOptions,
     pub(crate) projector: Option<ProjectorFacts>,
     pub(crate) draft: Option<Arc<ModelFacts>>,
+    adapter_headers: Vec<Arc<Header>>,
 }
 
 impl ParsedOptions {
@@ -91,7 +92,11 @@ impl ParsedOptions {
         let mut parsed = Self::default();
         for (key, value) in keywords.into_iter().flatten() {
             let key: String = key.extract()?;
-            if !parsed.set(&key, &value)? {
+            if key == "lora" {
+                let adapters: Vec<Bound<'_, PyAny>> = value.extract()?;
+                let headers = adapters.iter().map(header_from_any);
+                parsed.adapter_headers = headers.collect::<PyResult<_>>()?;
+            } else if !parsed.set(&key, &value)? {
                 return Err(PyTypeError::new_err(format!(
                     "estimate() got an unexpected keyword argument '{key}'"
                 )));
@@ -134,6 +139,7 @@ impl ParsedOptions {
             "kv_offload" => options.kv_offload = value.extract()?,
             "swa_full" => options.swa_full = value.extract()?,
             "backend" => options.backend = word(key, value, &BACKENDS)?,
+            "compute_capability" => options.compute_capability = value.extract()?,
             "mmproj" if value.is_none() => self.projector = None,
             "mmproj" => {
                 let header = header_from_any(value)?;
@@ -148,10 +154,22 @@ impl ParsedOptions {
         Ok(true)
     }
 
+    /// The adapters, as they fit this model.
+    ///
+    /// # Errors
+    /// `UnsupportedModelError` for a file that is no adapter, or one for another model.
+    fn adapters(&self, py: Python<'_>, facts: &ModelFacts) -> PyResult<Vec<AdapterFacts>> {
+        let adapters = self.adapter_headers.iter().map(|header| {
+            AdapterFacts::from_header(header, facts).map_err(|e| estimate_error(py, header, &e))
+        });
+        adapters.collect()
+    }
+
     pub(crate) fn companions(&self) -> Companions<'_> {
         Companions {
             projector: self.projector.as_ref(),
             draft: self.draft.as_deref(),
+            adapters: &[],
         }
     }
 }
@@ -391,8 +409,8 @@ impl PyMemoryEstimate {
     signature = (model, **options),
     text_signature = "(model, *, context_length=0, parallel=1, kv_unified=False, batch=2048, micro_batch=512, \
                       flash_attention='auto', cache_type_k='f16', cache_type_v='f16', gpu_layers=None, devices=1, \
-                      tensor_split=None, cpu_moe_layers=0, kv_offload=True, swa_full=False, mmproj=None, draft=None, \
-                      backend='cuda')"
+                      tensor_split=None, cpu_moe_layers=0, kv_offload=True, swa_full=False, mmproj=None, draft=None, lora=(), \
+                      backend='cuda', compute_capability=None)"
 )]
 pub(crate) fn estimate(
     model: &Bound<'_, PyAny>,
@@ -402,7 +420,12 @@ pub(crate) fn estimate(
     let header = header_from_any(model)?;
     let parsed = ParsedOptions::from_keywords(options)?;
     let facts = facts_of(py, &header)?;
-    estimate_with(&facts, &parsed.options, parsed.companions())
+    let adapters = parsed.adapters(py, &facts)?;
+    let companions = Companions {
+        adapters: &adapters,
+        ..parsed.companions()
+    };
+    estimate_with(&facts, &parsed.options, companions)
         .map(PyMemoryEstimate)
         .map_err(|error| estimate_error(py, &header, &error))
 }

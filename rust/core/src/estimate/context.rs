@@ -80,6 +80,7 @@ fn tensor_bytes(
         resolved.streams
     };
     let context = u64::from(resolved.context_per_slot);
+    let state_copies = resolved.rollback_tokens.saturating_add(1);
     let window = facts
         .hyperparameters
         .sliding_window
@@ -94,8 +95,8 @@ fn tensor_bytes(
             let cells = context.div_ceil(u64::from(ratio.max(1))).max(1);
             (align(cells, CELL_STEP), streams)
         }
-        CacheRows::Fixed(rows) => (u64::from(rows), streams),
-        CacheRows::Slot => (u64::from(resolved.slots), 1),
+        CacheRows::Fixed(rows) => (u64::from(rows), streams.saturating_mul(state_copies)),
+        CacheRows::Slot => (u64::from(resolved.slots), state_copies),
     };
     let bytes = element
         .row_bytes(width)

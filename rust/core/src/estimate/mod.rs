@@ -14,7 +14,7 @@ mod options;
 mod overhead;
 mod weights;
 
-pub use companions::{Companions, ProjectorFacts, estimate_with};
+pub use companions::{AdapterFacts, Companions, ProjectorFacts, estimate_with};
 pub use error::EstimateError;
 pub use layout::{Layout, layer_devices};
 pub use options::{Backend, CpuMoe, EstimateOptions, FlashAttention, Resolved};
@@ -112,11 +112,19 @@ pub fn estimate(
     options: &EstimateOptions,
 ) -> Result<MemoryEstimate, EstimateError> {
     let resolved = options.resolve(facts)?;
+    Ok(estimate_resolved(facts, options, resolved))
+}
+
+fn estimate_resolved(
+    facts: &ModelFacts,
+    options: &EstimateOptions,
+    resolved: Resolved,
+) -> MemoryEstimate {
     let layout = Layout::new(facts.layer_count(), options);
-    let weights = weights::weight_bytes(facts, options, &layout);
+    let weights = weights::weight_bytes(facts, &facts.weights, options, &layout);
     let contexts = context::layer_contexts(facts, options, &resolved);
     let compute = compute::compute_bytes(facts, options, &resolved, &layout);
-    let overhead = overhead::overhead_bytes(options, &layout);
+    let overhead = overhead::overhead_bytes(facts, options, &resolved, &layout);
 
     let mut devices = vec![DeviceMemory::default(); options.devices as usize];
     let mut host = DeviceMemory {
@@ -149,7 +157,7 @@ pub fn estimate(
         device.overhead_bytes = overhead;
         device.layers = layout.count_on(Some(number));
     }
-    Ok(MemoryEstimate {
+    MemoryEstimate {
         devices,
         host,
         basis: if compute.exact && facts.hyperparameters.known {
@@ -158,7 +166,7 @@ pub fn estimate(
             Basis::GenericRules
         },
         context_length: resolved.context_length,
-    })
+    }
 }
 
 /// What each layer costs when it is on a device.

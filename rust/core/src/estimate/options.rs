@@ -78,6 +78,8 @@ pub struct EstimateOptions {
     pub swa_full: bool,
     /// Whose rules count.
     pub backend: Backend,
+    /// CUDA compute capability of the devices, for the driver's overhead.
+    pub compute_capability: Option<(u32, u32)>,
 }
 
 impl Default for EstimateOptions {
@@ -98,6 +100,7 @@ impl Default for EstimateOptions {
             kv_offload: true,
             swa_full: false,
             backend: Backend::Cuda,
+            compute_capability: None,
         }
     }
 }
@@ -121,6 +124,8 @@ pub struct Resolved {
     pub micro_batch: u32,
     /// Flash attention is asked for or left to the device.
     pub flash_attention: bool,
+    /// Tokens that a recurrent state can be rolled back by (`n_rs_seq`): each has a copy of it.
+    pub rollback_tokens: u32,
 }
 
 impl EstimateOptions {
@@ -179,6 +184,7 @@ impl EstimateOptions {
             batch,
             micro_batch,
             flash_attention: self.wants_flash_attention(facts),
+            rollback_tokens: 0,
         })
     }
 

@@ -5,7 +5,7 @@
 
 use super::layout::Layout;
 use super::options::{Backend, CpuMoe, EstimateOptions};
-use crate::model::{Footprint, LayerWeights, ModelFacts};
+use crate::model::{Footprint, LayerWeights, ModelFacts, WeightFacts};
 
 /// Sums of the weights.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -46,10 +46,11 @@ pub(super) fn experts_on_host(options: &EstimateOptions, layer: usize) -> bool {
 
 pub(super) fn weight_bytes(
     facts: &ModelFacts,
+    weights: &WeightFacts,
     options: &EstimateOptions,
     layout: &Layout,
 ) -> WeightBytes {
-    let (weights, backend) = (&facts.weights, options.backend);
+    let backend = options.backend;
     let mut sums = WeightBytes {
         devices: vec![0; layout.devices as usize],
         ..WeightBytes::default()

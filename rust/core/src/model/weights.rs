@@ -156,6 +156,44 @@ impl WeightFacts {
     }
 }
 
+/// The tensors of a `LoRA` adapter (`llama_adapter_lora_init`, llama-adapter.cpp): each lies
+/// where the tensor that it changes lies, on the host never repacked.
+pub(crate) fn adapter_weights(
+    header: &Header,
+    h: &Hyperparameters,
+) -> Result<WeightFacts, EstimateError> {
+    let mut facts = WeightFacts {
+        layers: vec![LayerWeights::default(); h.layer_count() as usize],
+        ..WeightFacts::default()
+    };
+    for tensor in &header.tensors {
+        let changed = ["lora_a", "lora_b"]
+            .iter()
+            .find_map(|side| tensor.name.strip_suffix(side)?.strip_suffix('.'));
+        let Some(changed) = changed else { continue };
+        let (stem, _) = split_suffix(changed);
+        let footprint = Footprint::of(tensor, Use::Other);
+        match place_of(&h.architecture, stem) {
+            Place::Input => facts.input.add(footprint),
+            Place::Layer(layer) => {
+                let Some(weights) = facts.layers.get_mut(layer as usize) else {
+                    return Err(EstimateError::Header {
+                        key: tensor.name.to_string(),
+                        reason: "changes a layer that the model does not have".to_owned(),
+                    });
+                };
+                if is_expert(stem) {
+                    weights.experts.add(footprint);
+                } else {
+                    weights.dense.add(footprint);
+                }
+            }
+            Place::Output | Place::Shared | Place::Nowhere => facts.output.add(footprint),
+        }
+    }
+    Ok(facts)
+}
+
 /// `ggml_backend_cuda_buffer_type_get_alloc_size`, aligned.
 pub(crate) fn cuda_bytes(ggml_type: GgmlType, row_elements: u64, bytes: u64) -> u64 {
     let beyond = row_elements.checked_rem(CUDA_ROW_PADDING).unwrap_or(0);
