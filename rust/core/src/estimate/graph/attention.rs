@@ -64,6 +64,16 @@ impl Builder<'_> {
         AttentionInput::Cache(self.cache_input(self.batch.cells, false))
     }
 
+    /// The same, or the batch alone for models without a cache.
+    pub(super) fn any_attention_input(&mut self) -> AttentionInput {
+        match self.model.architecture() {
+            "dream" | "llada" | "llada-moe" | "rnd1" | "gemma-embedding" => {
+                self.batch_attention_input()
+            }
+            _ => self.attention_input(),
+        }
+    }
+
     /// `build_attn_inp_no_cache`.
     pub(super) fn batch_attention_input(&mut self) -> AttentionInput {
         let element = self.mask_element();

@@ -615,6 +615,11 @@ impl<'a> Builder<'a> {
     /// The output matrix and what is done to the logits; `cur` and they are outputs (`llm_graph_result::set_outputs`).
     pub(super) fn finish(&mut self, cur: TensorId, unaries: u8) {
         self.g.set_output(cur);
+        self.finish_with(cur, unaries);
+    }
+
+    /// The same where the embeddings that are an output came before `cur`.
+    pub(super) fn finish_with(&mut self, cur: TensorId, unaries: u8) {
         let mut out = self.logits(cur);
         for _ in 0..unaries {
             out = self.g.unary(out);

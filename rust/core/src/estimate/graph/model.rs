@@ -164,6 +164,19 @@ impl GraphModel {
                 None => model.shared.push((name_hash(&tensor.name), weight)),
             }
         }
+        if architecture == "nanbeige" {
+            // a looped model runs its layers several times
+            let own = kinds
+                .iter()
+                .take_while(|layer| !layer.weights.is_empty())
+                .count();
+            for il in own.max(1)..kinds.len() {
+                let again = kinds.get(il - own.max(1)).cloned().unwrap_or_default();
+                if let Some(layer) = kinds.get_mut(il) {
+                    *layer = again;
+                }
+            }
+        }
         for mut layer in kinds {
             layer.weights.sort_by_key(|(name, _)| *name);
             let kind = model

@@ -385,6 +385,21 @@ impl Graph {
         self.result(Op::Other, element, ne, &[a, b])
     }
 
+    /// `ggml_gated_delta_net`: outputs and, behind them, the new states.
+    pub(super) fn delta_net(&mut self, sources: [TensorId; 6]) -> TensorId {
+        let [_, _, v, ..] = sources;
+        let [length, heads, tokens, seqs] = self.ne(v);
+        let rows = tokens
+            .saturating_mul(seqs)
+            .saturating_add(length.saturating_mul(seqs));
+        self.result(
+            Op::Other,
+            GgmlType::F32,
+            [length * heads, rows, 1, 1],
+            &sources,
+        )
+    }
+
     /// `ggml_ssm_conv`.
     pub(super) fn ssm_conv(&mut self, x: TensorId, kernel: TensorId) -> TensorId {
         let ([x0, _, x2, _], [k0, k1, ..]) = (self.ne(x), self.ne(kernel));

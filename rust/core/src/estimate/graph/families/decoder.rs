@@ -51,8 +51,10 @@ pub(super) enum HeadNorms {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Order {
     Serial,
-    /// The same; the residual is the sum's first part (Phi 3).
+    /// The same; the residual is the last sum's first part (Phi 3).
     ResidualFirst,
+    /// The same; the residual is the first sum's first part (`OpenELM`).
+    InputFirst,
     /// `(ffn + input) + attention`, both from one norm.
     FfnInputAttention,
     /// `(ffn + attention) + input`, both from one norm.
@@ -78,6 +80,8 @@ pub(super) enum Outputs {
     InLastLayer,
     BeforeNorm,
     AfterNorm,
+    /// Every row gives outputs.
+    All,
 }
 
 /// A kind of transformer.
@@ -152,8 +156,10 @@ pub(super) enum Part {
     DeepStack,
     /// Values are scaled after attention (`MiMo` 2).
     ScaledValues,
-    /// One gate per head (Spark 2.5).
-    HeadGate,
+    /// Experts on the layer's input, a dense block on the sum (Arctic).
+    InputExperts,
+    /// The layers run in loops with a norm between them (Nanbeige).
+    Loops,
 }
 
 impl Decoder {
@@ -216,14 +222,24 @@ impl Decoder {
         let state = Shared {
             embedded: cur,
             positions,
-            attention: b.attention_input(),
+            attention: b.any_attention_input(),
             outputs: b.output_ids(),
             temperature: self.temperature(b),
         };
+        let loop_layers = if self.part == Part::Loops {
+            super::special::loop_layers(b)
+        } else {
+            0
+        };
         let rotates: Vec<bool> = (0..b.trunk()).map(|il| self.rotates(b, il)).collect();
-        for il in b.layers_by(|il| u64::from(rotates.get(il) == Some(&true))) {
+        for il in b.layers_by(|il| {
+            u64::from(rotates.get(il) == Some(&true)) + super::special::loop_mark(loop_layers, il)
+        }) {
             b.enter(il);
             cur = self.layer(b, cur, state);
+            if self.part == Part::Loops {
+                cur = super::special::loop_norm(b, cur);
+            }
             if (il as i64) < deep {
                 let view = b.g.view_2d(embedded, b.n_embd, b.n_tokens, width * 4);
                 cur = b.g.add(cur, view);
@@ -355,7 +371,7 @@ impl Decoder {
                     ..Extras::default()
                 },
             );
-            return self.gated(b, cur, normed);
+            return gated(b, cur, normed);
         }
         let cur = b.attend(
             shared.attention,
@@ -370,22 +386,6 @@ impl Decoder {
                 .float("attention.value_scale")
                 .is_some_and(|scale| scale != 0.0 && (scale - 1.0).abs() > 1e-9);
         if scales { b.g.unary(cur) } else { cur }
-    }
-
-    /// A sigmoid gate on what attention gives.
-    fn gated(self, b: &mut Builder<'_>, cur: TensorId, normed: TensorId) -> TensorId {
-        let gate = b.project("attn_gate", normed);
-        let gate = b.g.unary(gate);
-        let cur = if self.part == Part::HeadGate {
-            let (length, heads) = (b.value_length(), b.heads());
-            let per_head = b.g.reshape_3d(cur, length, heads, b.n_tokens);
-            let gate = b.g.reshape_3d(gate, 1, heads, b.n_tokens);
-            let cur = b.g.mul(per_head, gate);
-            b.g.reshape_2d(cur, length * heads, b.n_tokens)
-        } else {
-            b.g.mul(cur, gate)
-        };
-        b.project_biased("attn_output", cur)
     }
 
     fn heads(self, b: &mut Builder<'_>, source: TensorId) -> [TensorId; 3] {
@@ -413,9 +413,16 @@ impl Decoder {
 
     /// Residuals and the feed-forward block.
     fn combine(self, b: &mut Builder<'_>, attention: TensorId, branch: Branch) -> TensorId {
+        if self.part == Part::InputExperts {
+            return super::special::input_experts(b, attention, branch.input);
+        }
         match self.order {
-            Order::Serial | Order::ResidualFirst => {
-                let middle = b.g.add(attention, branch.input);
+            Order::Serial | Order::ResidualFirst | Order::InputFirst => {
+                let middle = if self.order == Order::InputFirst {
+                    b.g.add(branch.input, attention)
+                } else {
+                    b.g.add(attention, branch.input)
+                };
                 let source = match self.second_norm {
                     Some(name) if name != "ffn_norm" || b.has(name) || self.first_norm => {
                         self.second(b, middle, name, branch)
@@ -427,10 +434,10 @@ impl Decoder {
                 if self.scales_residuals {
                     cur = b.g.unary(cur);
                 }
-                cur = if self.order == Order::Serial {
-                    b.g.add(cur, middle)
-                } else {
+                cur = if self.order == Order::ResidualFirst {
                     b.g.add(middle, cur)
+                } else {
+                    b.g.add(cur, middle)
                 };
                 if self.part == Part::EmbeddingSkip {
                     let scale = b.weight("layer_output_scale");
@@ -567,4 +574,21 @@ fn normed_heads(b: &mut Builder<'_>, [q, k]: [TensorId; 2], norm: Norm) -> [Tens
         k
     };
     [q, k]
+}
+
+/// A sigmoid gate on what attention gives.
+fn gated(b: &mut Builder<'_>, cur: TensorId, normed: TensorId) -> TensorId {
+    let gate = b.project("attn_gate", normed);
+    let gate = b.g.unary(gate);
+    let per_head = b.g.ne(gate)[0] == b.heads() && b.value_length() > 1;
+    let cur = if per_head {
+        let (length, heads) = (b.value_length(), b.heads());
+        let per_head = b.g.reshape_3d(cur, length, heads, b.n_tokens);
+        let gate = b.g.reshape_3d(gate, 1, heads, b.n_tokens);
+        let cur = b.g.mul(per_head, gate);
+        b.g.reshape_2d(cur, length * heads, b.n_tokens)
+    } else {
+        b.g.mul(cur, gate)
+    };
+    b.project_biased("attn_output", cur)
 }

@@ -41,13 +41,14 @@ pub(super) fn describe(b: &Builder<'_>) -> Option<Decoder> {
     let description = match b.model.architecture() {
         "llama" | "qwen2" | "qwen3" | "qwen3moe" | "internlm2" | "xverse" | "qwen" | "exaone"
         | "ernie4_5" | "ernie4_5-moe" | "deci" | "rnd1" | "mellum" | "apertus"
-        | "pangu-embedded" | "paddleocr" | "qwen2vl" | "dream" | "llada" => PLAIN,
+        | "pangu-embedded" | "paddleocr" | "qwen2vl" | "dream" | "llada" | "spark2_5"
+        | "qwen3tts" => PLAIN,
         "minicpm" => Decoder {
             scales_residuals: true,
             logit_unaries: 1,
             ..PLAIN
         },
-        "granite" | "granitemoe" => Decoder {
+        "granite" | "granitemoe" | "granite_swa" => Decoder {
             rotary: if b.model.architecture() == "granite" {
                 finetuned(b)
             } else {
@@ -101,7 +102,7 @@ pub(super) fn describe(b: &Builder<'_>) -> Option<Decoder> {
             normed: Normed::AsNamed,
             ..PLAIN
         },
-        "bailingmoe" | "bailingmoe2" | "dots1" | "exaone-moe" | "llada-moe" | "hy_v3" => {
+        "laguna" | "bailingmoe" | "bailingmoe2" | "dots1" | "exaone-moe" | "llada-moe" => {
             let rotary = if b.model.architecture() == "exaone-moe" {
                 Rotary::Sliding
             } else {
@@ -113,6 +114,41 @@ pub(super) fn describe(b: &Builder<'_>) -> Option<Decoder> {
                 ..PLAIN
             }
         }
+        "hy_v3" => Decoder {
+            normed: Normed::AsNamed,
+            outputs: Outputs::AfterNorm,
+            ..PLAIN
+        },
+        "maple" => Decoder {
+            rotary: Rotary::Sliding,
+            ..PLAIN
+        },
+        "arctic" => Decoder {
+            part: Part::InputExperts,
+            ..PLAIN
+        },
+        "nanbeige" => Decoder {
+            part: Part::Loops,
+            ..PLAIN
+        },
+        "openelm" => Decoder {
+            order: Order::InputFirst,
+            ..PLAIN
+        },
+        "cogvlm" => Decoder {
+            outputs: Outputs::All,
+            ..PLAIN
+        },
+        "step35" => Decoder {
+            normed: Normed::AsNamed,
+            outputs: Outputs::BeforeNorm,
+            ..PLAIN
+        },
+        "gemma-embedding" => Decoder {
+            embedding: Embedding::Scaled,
+            scales_queries: true,
+            ..SANDWICH
+        },
         "deepseek" => Decoder {
             normed: Normed::No,
             ..PLAIN
@@ -220,10 +256,6 @@ pub(super) fn describe(b: &Builder<'_>) -> Option<Decoder> {
             normed_before_pick: true,
             logit_unaries: 1 + capped("final_logit_softcapping"),
             ..SANDWICH
-        },
-        "spark2_5" => Decoder {
-            part: Part::HeadGate,
-            ..PLAIN
         },
         "grok" => Decoder {
             after_attention: Some("attn_output_norm"),
@@ -336,7 +368,7 @@ pub(super) fn describe(b: &Builder<'_>) -> Option<Decoder> {
             activation: Activation::Squared,
             ..LAYER_NORM
         },
-        "starcoder2" | "stablelm" | "orion" | "codeshell" => LAYER_NORM,
+        "starcoder2" | "stablelm" | "orion" | "codeshell" | "pockettts" => LAYER_NORM,
         _ => return None,
     };
     Some(description)

@@ -200,3 +200,63 @@ pub(super) fn feed_forward(b: &mut Builder<'_>, normed: TensorId) -> TensorId {
     );
     b.g.add(mixed, shared)
 }
+
+/// `MiniCPM` 3: latents written out, every branch scaled.
+pub(super) fn minicpm3(b: &mut Builder<'_>) {
+    written_out(b, true);
+}
+
+/// PLM: the same with a squared relu and nothing scaled.
+pub(super) fn plm(b: &mut Builder<'_>) {
+    written_out(b, false);
+}
+
+fn written_out(b: &mut Builder<'_>, scales: bool) {
+    let mut cur = b.embeddings();
+    if scales {
+        cur = b.g.unary(cur);
+    }
+    let positions = b.positions();
+    let attention = b.attention_input();
+    let outputs = b.output_ids();
+    for il in b.layers() {
+        b.enter(il);
+        let mut residual = cur;
+        let normed = b.rms(cur, "attn_norm");
+        let sizes = Latent::of(b);
+        let q = queries(b, normed, sizes);
+        let parts = latents(b, normed, positions, sizes);
+        let heads = expanded(b, q, parts, positions, sizes);
+        let mut attended = b.attend(attention, heads, Extras::default());
+        if b.is_last() {
+            b.pick_outputs([&mut attended, &mut residual], outputs);
+        }
+        if scales {
+            attended = b.g.unary(attended);
+        }
+        let middle = b.g.add(attended, residual);
+        let normed = b.rms(middle, "ffn_norm");
+        let mut fed = b.ffn(
+            normed,
+            if scales {
+                Activation::Gated
+            } else {
+                Activation::Squared
+            },
+        );
+        if scales {
+            fed = b.g.unary(fed);
+        }
+        cur = b.g.add(fed, middle);
+    }
+    let mut cur = b.output_norm(cur, Norm::Rms);
+    if scales {
+        b.g.set_output(cur);
+        cur = b.g.unary(cur);
+    }
+    if scales {
+        b.finish_with(cur, 0);
+    } else {
+        b.finish(cur, 0);
+    }
+}

@@ -1,6 +1,7 @@
 //! Model graphs, one short description per family (`src/models/*.cpp`).
 
 mod decoder;
+mod delta;
 mod describe;
 mod hybrid;
 mod latent;
@@ -45,6 +46,9 @@ fn own_graph(architecture: &str) -> Option<fn(&mut Builder<'_>)> {
         "granitehybrid" => hybrid::granite,
         "lfm2" | "lfm2moe" => hybrid::lfm2,
         "plamo2" => hybrid::plamo2,
+        "qwen3next" | "qwen35" | "qwen35moe" => delta::qwen,
+        "minicpm3" => latent::minicpm3,
+        "plm" => latent::plm,
         _ => return None,
     })
 }

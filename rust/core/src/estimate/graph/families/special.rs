@@ -1,7 +1,7 @@
 //! Parts of single models that are too odd for a general description.
 
-use super::super::builder::{Activation, Builder};
-use super::super::experts::Experts;
+use super::super::builder::{Activation, Builder, Norm};
+use super::super::experts::{Experts, Gating};
 use super::super::tensor::TensorId;
 
 const SHARED: [&str; 3] = ["ffn_up_shexp", "ffn_gate_shexp", "ffn_down_shexp"];
@@ -41,4 +41,44 @@ pub(super) fn adjugates(b: &mut Builder<'_>, cur: TensorId, experts: Experts) ->
     let small = b.mixture(cur, small);
     let small = b.g.unary(small);
     b.g.add(large, small)
+}
+
+/// Arctic: a dense block on the sum, experts on the layer's input.
+pub(super) fn input_experts(b: &mut Builder<'_>, attention: TensorId, input: TensorId) -> TensorId {
+    let middle = b.g.add(attention, input);
+    let normed = b.rms(middle, "ffn_norm");
+    let dense = b.ffn(normed, Activation::Gated);
+    let dense = b.g.add(dense, middle);
+    let normed = b.rms(input, "ffn_norm_exps");
+    let experts = b.experts(Gating::Probabilities, true);
+    let mixed = b.mixture(normed, experts);
+    b.g.add(mixed, dense)
+}
+
+/// Nanbeige: between two passes through the layers stands the output norm.
+pub(super) fn loop_norm(b: &mut Builder<'_>, cur: TensorId) -> TensorId {
+    let layers = loop_layers(b);
+    let ends = loop_mark(layers, b.layer()) != 0 && !b.is_last();
+    if ends && !b.model.flag("skip_loop_final_norm") {
+        b.output_norm(cur, Norm::Rms)
+    } else {
+        cur
+    }
+}
+
+/// The layers of one pass.
+pub(super) fn loop_layers(b: &Builder<'_>) -> usize {
+    let loops = usize::try_from(b.number("num_loops", 1))
+        .unwrap_or(1)
+        .max(1);
+    (b.trunk() / loops).max(1)
+}
+
+/// Tells the last layer of a pass from the others.
+pub(super) fn loop_mark(layers: usize, il: usize) -> u64 {
+    if layers > 0 && (il + 1).is_multiple_of(layers) {
+        2
+    } else {
+        0
+    }
 }
