@@ -127,6 +127,8 @@ struct Lifetime {
     own: bool,
     buffer: u8,
     offset: i64,
+    /// Bytes set aside, padded.
+    bytes: i64,
 }
 
 /// Plans graphs one after the other; keeps its memory between them.
@@ -209,33 +211,21 @@ impl Run<'_> {
                 id.0.checked_sub(round.shift)
                     .map(|before| (TensorId(before), *id))
             })
+            .filter(|(before, _)| before.0 >= round.lowest)
             .filter(|(before, _)| own.binary_search_by_key(&before.0, |id| id.0).is_err())
             .map(|(before, id)| (before, id, self.life(before)))
             .filter(|(_, _, life)| life.allocated || life.readers > 0 || life.views > 0)
             .collect();
-        self.steps(nodes);
-        let mut seen = vec![self.handover(&handed)];
+        // only the last run reads what other layers read too: until then it must stay
+        self.repeating = true;
+        self.mark_own(&own, true);
+        for (before, ..) in &handed {
+            self.edit(*before, |life| life.own = true);
+        }
+        let mut seen = Vec::new();
         let mut left = round.more;
         while left > 0 {
-            self.mark_own(&own, true);
-            for (before, id, old) in &handed {
-                let place = self.life(*id);
-                self.edit(*before, |life| {
-                    *life = Lifetime {
-                        buffer: place.buffer,
-                        offset: place.offset,
-                        own: true,
-                        ..*old
-                    }
-                });
-            }
-            for (id, life) in &fresh {
-                self.edit(*id, |slot| *slot = Lifetime { own: true, ..*life });
-            }
-            self.repeating = true;
             self.steps(nodes);
-            self.repeating = false;
-            self.mark_own(&own, false);
             left -= 1;
             let now = self.handover(&handed);
             if let Some(position) = seen.iter().rposition(|earlier| *earlier == now) {
@@ -243,7 +233,25 @@ impl Run<'_> {
                 seen.clear();
             }
             seen.push(now);
+            for (before, id, old) in &handed {
+                let place = self.life(*id);
+                self.edit(*before, |life| {
+                    *life = Lifetime {
+                        buffer: place.buffer,
+                        offset: place.offset,
+                        bytes: place.bytes,
+                        own: true,
+                        ..*old
+                    };
+                });
+            }
+            for (id, life) in &fresh {
+                self.edit(*id, |slot| *slot = Lifetime { own: true, ..*life });
+            }
         }
+        self.repeating = false;
+        self.mark_own(&own, false);
+        self.steps(nodes);
     }
 
     fn mark_own(&mut self, own: &[TensorId], mark: bool) {
@@ -341,7 +349,7 @@ impl Run<'_> {
             return;
         }
         let life = self.life(id);
-        let bytes = self.size(id, life.buffer);
+        let bytes = life.bytes;
         if let Some(buffer) = self.buffers.get_mut(usize::from(life.buffer)) {
             buffer.release(life.offset, bytes);
         }
@@ -365,6 +373,7 @@ impl Run<'_> {
         self.edit(id, |life| {
             life.buffer = backend;
             life.offset = offset;
+            life.bytes = bytes;
         });
     }
 
@@ -390,12 +399,13 @@ impl Run<'_> {
 
     fn take_over(&mut self, id: TensorId, owner: TensorId) {
         let old = self.life(owner);
+        let (kept, had) = (self.size(id, old.buffer), old.bytes);
         self.edit(id, |life| {
             life.buffer = old.buffer;
             life.offset = old.offset;
+            life.bytes = kept;
         });
         self.edit(owner, |life| life.allocated = false);
-        let (kept, had) = (self.size(id, old.buffer), self.size(owner, old.buffer));
         if had > kept
             && let Some(buffer) = self.buffers.get_mut(usize::from(old.buffer))
         {

@@ -3,7 +3,7 @@
 use crate::gguf::GgmlType;
 use crate::model::Hyperparameters;
 
-use super::model::{GraphModel, Weight, hash_more, name_hash};
+use super::model::{GraphModel, Layer, Weight, hash_more, name_hash};
 use super::ops::Graph;
 use super::reserve::{Batch, owns_cache};
 use super::tensor::{Storage, TensorId};
@@ -53,7 +53,8 @@ pub(super) struct Builder<'a> {
     /// The layer that [`weight`](Self::weight) looks into.
     il: usize,
     /// Weights of the current layer and of no layer that are in the graph already.
-    known: Vec<(u64, TensorId)>,
+    known: Vec<TensorId>,
+    layer: Option<&'a Layer>,
     known_shared: Vec<(u64, TensorId)>,
     /// Operations between the raw scores and the softmax without flash attention (soft capping).
     pub(super) score_unaries: u8,
@@ -110,6 +111,7 @@ impl<'a> Builder<'a> {
             n_seqs: batch.sequences,
             il: 0,
             known: Vec::new(),
+            layer: None,
             known_shared: Vec::new(),
             score_unaries: 0,
         }
@@ -120,7 +122,10 @@ impl<'a> Builder<'a> {
     /// Makes `il` the layer whose weights are looked up.
     pub(super) fn enter(&mut self, il: usize) {
         self.il = il;
+        self.layer = self.model.layer(il);
         self.known.clear();
+        self.known
+            .resize(self.layer.map_or(0, |layer| layer.weights.len()), NONE);
         self.g.mark();
     }
 
@@ -234,19 +239,23 @@ impl<'a> Builder<'a> {
 
     fn layer_tensor(&mut self, name: &str, suffix: &str) -> TensorId {
         let hash = hash_more(name_hash(name), suffix);
-        if let Some((_, id)) = self.known.iter().find(|(name, _)| *name == hash) {
+        let found = self
+            .layer
+            .and_then(|layer| layer.weights.iter().position(|(known, _)| *known == hash));
+        let Some((place, weight)) = found.and_then(|place| {
+            let weight = self.layer?.weights.get(place)?.1;
+            Some((place, weight))
+        }) else {
+            return NONE;
+        };
+        if let Some(id) = self.known.get(place).filter(|id| id.is_some()) {
             return *id;
         }
-        let found = self
-            .model
-            .layer(self.il)
-            .and_then(|layer| super::model::find(&layer.weights, hash))
-            .copied();
         let on_host = self.il < self.batch.host_expert_layers && is_expert(name);
-        let id = found.map_or(NONE, |weight| {
-            self.store(weight, Belongs::Layer(self.il), on_host)
-        });
-        self.known.push((hash, id));
+        let id = self.store(weight, Belongs::Layer(self.il), on_host);
+        if let Some(slot) = self.known.get_mut(place) {
+            *slot = id;
+        }
         id
     }
 
@@ -284,11 +293,10 @@ impl<'a> Builder<'a> {
             }
     }
 
-    pub(super) fn has(&mut self, name: &str) -> bool {
+    pub(super) fn has(&self, name: &str) -> bool {
         let hash = hash_more(name_hash(name), ".weight");
-        self.model
-            .layer(self.il)
-            .is_some_and(|layer| super::model::find(&layer.weights, hash).is_some())
+        self.layer
+            .is_some_and(|layer| layer.weights.iter().any(|(known, _)| *known == hash))
     }
 
     fn shared(&mut self, name: &str, belongs: Belongs) -> TensorId {

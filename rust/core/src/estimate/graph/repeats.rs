@@ -1,18 +1,14 @@
-//! Layers that repeat are built four times and planned as often as it takes until the allocator is where it was before.
+//! Layers that repeat are built three or four times and planned as often as it takes until the allocator is where it was before.
 
 /// The longest pattern of layers that is looked for.
 const LONGEST_PERIOD: usize = 12;
 
-/// Rounds of a repeating pattern that are built before the one to repeat: it reads what the one before it finished of the first.
-const LEADING_ROUNDS: usize = 2;
-
-/// All rounds that are built: the leading ones, the one to repeat, one to end with.
-const BUILT_ROUNDS: usize = LEADING_ROUNDS + 2;
-
 /// A round of layers that stands for many.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Repeat {
-    /// The first layer of the round, by its place among the built layers.
+    /// The first layer like those of the round, by its place among the built layers.
+    pub(super) alike: usize,
+    /// The first layer of the round.
     pub(super) first: usize,
     /// The layers of the round.
     pub(super) period: usize,
@@ -28,7 +24,7 @@ pub(super) fn representatives(kinds: &[u64]) -> (Vec<usize>, Vec<Repeat>) {
     while start < kinds.len() {
         let rest = kinds.get(start..).unwrap_or_default();
         let (period, more) = (1..=LONGEST_PERIOD.min(rest.len()))
-            .map(|period| (period, rounds(rest, period).saturating_sub(BUILT_ROUNDS)))
+            .map(|period| (period, repeatable_rounds(rest, period)))
             .max_by_key(|(period, more)| (more * period, std::cmp::Reverse(*period)))
             .unwrap_or((1, 0));
         if more == 0 {
@@ -36,26 +32,30 @@ pub(super) fn representatives(kinds: &[u64]) -> (Vec<usize>, Vec<Repeat>) {
             start += 1;
             continue;
         }
+        let lead = leading_layers(period);
         repeats.push(Repeat {
-            first: built.len() + LEADING_ROUNDS * period,
+            alike: built.len(),
+            first: built.len() + lead,
             period,
             more,
         });
-        let middle = start + (LEADING_ROUNDS + 1) * period;
-        built.extend(start..middle);
-        start = middle + more * period;
-        built.extend(start..start + period);
-        start += period;
+        built.extend(start..start + lead + period);
+        start += lead + period + more * period;
     }
     (built, repeats)
 }
 
-/// How many times the first `period` kinds follow one another.
-fn rounds(kinds: &[u64], period: usize) -> usize {
+/// Layers before the round to repeat: the round finishes what the last of them began, and reads what the one before that gave.
+fn leading_layers(period: usize) -> usize {
+    period.max(2)
+}
+
+/// How many rounds of `period` kinds need not be built; at least one layer after them is, for it may feed the output.
+fn repeatable_rounds(kinds: &[u64], period: usize) -> usize {
     let alike = kinds
         .iter()
         .zip(kinds.iter().skip(period))
         .take_while(|(a, b)| a == b)
         .count();
-    alike / period + 1
+    (alike + period).saturating_sub(leading_layers(period) + period + 1) / period
 }

@@ -56,6 +56,8 @@ pub(super) struct Round {
     pub(super) start: usize,
     pub(super) end: usize,
     pub(super) shift: u32,
+    /// The first tensor of the layers that are alike.
+    pub(super) lowest: u32,
     pub(super) more: usize,
 }
 
@@ -141,7 +143,9 @@ impl Schedule {
                 return false;
             }
             let shift = u32::try_from(to.tensors.saturating_sub(from.tensors)).unwrap_or(0);
+            let lowest = graph.marks.get(repeat.alike).map_or(0, |mark| mark.tensors);
             self.rounds.push(Round {
+                lowest: u32::try_from(lowest).unwrap_or(0),
                 start: *start,
                 end: *end,
                 shift,

@@ -83,8 +83,8 @@ impl Storage {
     }
 }
 
-/// The most sources an operation has (`GGML_MAX_SRC`).
-pub(super) const MAX_SOURCES: usize = 10;
+/// The most sources an operation has of those that are built (`GGML_MAX_SRC` is 10).
+pub(super) const MAX_SOURCES: usize = 8;
 
 #[derive(Clone, Debug)]
 pub(super) struct Tensor {
