@@ -420,7 +420,7 @@ impl<'a> Builder<'a> {
         let wide = match self.model.architecture() {
             "qwen2vl" | "paddleocr" | "qwen3vl" | "qwen3vlmoe" | "qwen35" | "qwen35moe"
             | "qwen4exp" | "qwen3tts" => true,
-            "glm4" | "glm4moe" | "hunyuan_vl" => in_use,
+            "glm4" | "glm4moe" | "hunyuan_vl" | "bailingmoe3" => in_use,
             _ => false,
         };
         self.g.input(
@@ -501,8 +501,13 @@ impl<'a> Builder<'a> {
         }
     }
 
+    /// A rotation; none without positions.
     pub(super) fn rope(&mut self, cur: TensorId, positions: TensorId) -> TensorId {
-        self.g.rope(cur, positions, NONE)
+        if positions.is_some() {
+            self.g.rope(cur, positions, NONE)
+        } else {
+            cur
+        }
     }
 
     /// `build_qkv`: query, keys and values per head, from one projection or three.

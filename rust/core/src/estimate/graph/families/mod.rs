@@ -4,6 +4,7 @@ mod decoder;
 mod delta;
 mod describe;
 mod hybrid;
+mod kda;
 mod latent;
 mod mamba;
 mod special;
@@ -47,6 +48,8 @@ fn own_graph(architecture: &str) -> Option<fn(&mut Builder<'_>)> {
         "lfm2" | "lfm2moe" => hybrid::lfm2,
         "plamo2" => hybrid::plamo2,
         "qwen3next" | "qwen35" | "qwen35moe" => delta::qwen,
+        "kimi-linear" => kda::kimi_linear,
+        "bailingmoe3" => kda::bailing,
         "minicpm3" => latent::minicpm3,
         "plm" => latent::plm,
         _ => return None,
