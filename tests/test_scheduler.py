@@ -161,7 +161,17 @@ def test_a_crashed_server_is_started_afresh_by_the_next_request() -> None:
     scheduler = Scheduler(on_cpu)
     loaded(scheduler, "a", 1, 0.0)
     assert scheduler.server_exited("a", 1.0) == []
+    assert scheduler.server_stopped("a", 1.5) == []
     assert started(scheduler.request_arrived(2, "a", 2.0)) == ["a"]
+
+
+def test_nobody_is_sent_to_a_crashed_server_before_its_memory_is_back() -> None:
+    scheduler = Scheduler(OneGpu(10, {"a": 8, "b": 8}))
+    loaded(scheduler, "a", 1, 0.0)
+    assert scheduler.server_exited("a", 1.0) == []
+    assert scheduler.request_arrived(2, "a", 1.1) == []
+    assert scheduler.residents["a"].bytes_by_gpu == {GPU: 8}, "its claim counts until then"
+    assert started(scheduler.server_stopped("a", 1.5)) == ["a"]
 
 
 def test_requests_that_wait_for_a_model_on_a_lost_gpu_are_placed_anew() -> None:

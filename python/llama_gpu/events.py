@@ -79,7 +79,8 @@ _SERVER_STATES: Mapping[ResidentState, ServerState] = {
 
 def server_state(resident: Resident) -> ServerState | None:
     """The contract's word; None for a model that still waits for room."""
-    if resident.state is ResidentState.STOPPING and resident.leaves_for is LeavesFor.GPU_LOST:
+    failed = resident.leaves_for in (LeavesFor.GPU_LOST, LeavesFor.ENDED)
+    if failed and resident.state is ResidentState.STOPPING:
         return "error"
     return _SERVER_STATES.get(resident.state)
 

@@ -63,12 +63,13 @@ class ResidentState(StrEnum):
 
 
 class LeavesFor(StrEnum):
-    """Why a server is stopped: for another model, after idle time, on request, or with its GPU."""
+    """Why a server leaves: for another model, after idle time, on request, with its GPU, by itself."""
 
     ROOM = "room"
     IDLE = "idle"
     ASKED = "asked"
     GPU_LOST = "gpu_lost"
+    ENDED = "ended"
 
 
 @dataclass

@@ -162,13 +162,19 @@ class Scheduler:
         self._forget(model)
         return [*self._refuse_all(model, error), *self._advance(now)]
 
-    def server_exited(self, model: str, now: float) -> list[Effect]:
-        """A ready server ended by itself; the next request starts a fresh one."""
-        self._forget(model)
+    def server_exited(self, model: str, now: float, *, reason: str = "it ended by itself") -> list[Effect]:
+        """A ready server ended by itself: nobody is sent there any more.
+
+        Report ``server_stopped`` once a snapshot is in that is newer than its end; requests that
+        come until then wait, and get a fresh server.
+        """
+        resident = self._residents.get(model)
+        if resident is not None and resident.state is ResidentState.READY:
+            self._stop(resident, reason, LeavesFor.ENDED)  # there is nothing left to stop
         return self._advance(now)
 
     def server_stopped(self, model: str, now: float) -> list[Effect]:
-        """A ``Stop`` was carried out and the snapshot that the placer sees is newer than it."""
+        """A server is gone and the snapshot that the placer sees is newer than its end."""
         self._forget(model)
         return self._advance(now)
 

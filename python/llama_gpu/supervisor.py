@@ -254,17 +254,12 @@ class Supervisor:
                     future.set_exception(error)
 
     async def _run_server(self, start: Start) -> None:
-        model = start.model
+        model, assigned = start.model, start.assignment
         resident = self.scheduler.residents.get(model)
         try:
             entry, engine = self.entry(model), await self.engine()
             server = new_server(
-                entry,
-                start.assignment,
-                engine,
-                pool=self.config.server_pool,
-                http=self.session,
-                ports=self._ports,
+                entry, assigned, engine, pool=self.config.server_pool, http=self.session, ports=self._ports
             )
             build = self._memory.known.build
             if self.scheduler.residents.get(model) is not resident or model in self._stopping:
@@ -286,10 +281,9 @@ class Supervisor:
         if pid is not None:
             self.scheduler.server_started(model, pid)
         await self._freshen()
-        estimated = start.assignment.bytes_by_gpu
-        measured = measured_by_gpu(self.snapshot.gpus, pid, estimated, server.buffers)
+        measured = measured_by_gpu(self.snapshot.gpus, pid, assigned.bytes_by_gpu, server.buffers)
         self._decide(lambda now: self.scheduler.server_ready(model, now, measured_by_gpu=measured))
-        self._memory.loaded(entry, start.assignment, self.snapshot.gpus, server.buffers, pid=pid, build=build)
+        self._memory.loaded(entry, assigned, self.snapshot.gpus, server.buffers, pid=pid, build=build)
         await server.wait_exited()
         await self._exited(model, server)
 
@@ -308,10 +302,11 @@ class Supervisor:
         why = f"the server of {model} ended by itself with exit code {server.exit_code}"
         _log.error(why)
         self.counts.failed(ServerExitedError(why, model=model, exit_code=server.exit_code))
-        self.changes.server_failed(model, why)
-        self._servers.pop(model, None)
+        # At once: until its memory is known to be back, nobody may be sent to it.
+        self._decide(lambda now: self.scheduler.server_exited(model, now, reason=why))
         await self._freshen()
-        self._decide(lambda now: self.scheduler.server_exited(model, now))
+        self._servers.pop(model, None)
+        self._decide(lambda now: self.scheduler.server_stopped(model, now))
 
     async def _stop_server(self, stop: Stop) -> None:
         model = stop.model

@@ -195,13 +195,13 @@ def _chat_until(over: threading.Event, proxy: Proxy, figures: Figures, seed: int
                 "POST", "/v1/chat/completions", body=body, headers={"Content-Type": "application/json"}
             )
             answer = connection.getresponse()
-            answer.read()
+            said = answer.read()
         except (http.client.HTTPException, ConnectionError):
             figures.happened["chat cut"] += 1
         else:
             figures.happened[f"chat {answer.status}"] += 1
             if answer.status not in EXPECTED:
-                figures.wrong.append(f"chat: {answer.status}")
+                figures.wrong.append(f"chat: {answer.status} {said[:300]!r}")
         finally:
             connection.close()
 
@@ -232,6 +232,8 @@ def main(checks: int) -> int:
         faults.append(f"p99 is over {P99_SECONDS * 1e3:.0f} ms")
     if figures.growth > GROWTH_BYTES:
         faults.append(f"memory grew by more than {GROWTH_BYTES / 1e6:.0f} MB")
+    if figures.wrong:
+        print(proxy.log)
     print("\n".join(faults) or "within every limit")
     return int(bool(faults))
 
