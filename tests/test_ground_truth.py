@@ -31,6 +31,25 @@ def test_contexts_equal_llama_cpp_to_the_byte(rows: list[Row]) -> None:
     assert [str(row) for row in rows if row.said.context_bytes != row.taken.context] == []
 
 
+def test_a_basis_of_exact_means_llama_cpp_s_own_compute_buffer(rows: list[Row]) -> None:
+    claimed = [row for row in rows if row.basis == "exact"]
+    wrong = [str(row) for row in claimed if row.compute_error != 0]
+    assert len(wrong) <= len(claimed) // 100, wrong
+
+
+def test_most_compute_buffers_equal_llama_cpp_to_the_byte(rows: list[Row]) -> None:
+    _, total = accuracy.tallies(rows)
+    assert total.exact_cases / len(total.cases) >= 0.85
+    assert total.close / total.rows >= 0.92
+
+
+def test_sums_are_close_and_hardly_ever_too_low(rows: list[Row]) -> None:
+    _, total = accuracy.tallies(rows)
+    devices = sum(row.place != "host" for row in rows)
+    assert total.sums_close / devices >= 0.92
+    assert total.sums_under / devices <= 0.06
+
+
 def test_prints_the_table_of_all_cases(rows: list[Row], capsys: pytest.CaptureFixture[str]) -> None:
     table = accuracy.table(rows)
     with capsys.disabled():

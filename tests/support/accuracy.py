@@ -23,6 +23,7 @@ class Row:
 
     case: ground_truth.Case
     architecture: str
+    basis: str
     place: str
     said: lg.DeviceMemory
     taken: ground_truth.Sizes
@@ -70,7 +71,7 @@ def rows_of(path: Path, cases: Iterable[ground_truth.Case]) -> list[Row]:
         said = [*estimate.devices, estimate.host]
         architecture = header.architecture or "?"
         rows += [
-            Row(case, architecture, place, device, sizes)
+            Row(case, architecture, estimate.basis, place, device, sizes)
             for place, device, sizes in zip(places, said, case.sizes, strict=True)
         ]
     return rows
