@@ -48,7 +48,9 @@ impl ProjectorFacts {
 
 /// A closed form for the image encoder's compute buffer, which is reserved for one image of
 /// the size that it warms up with (`clip_model_loader::warmup`, tools/mtmd/clip.cpp): the
-/// picture, and for each patch the widest feed-forward step and the attention's inputs.
+/// picture, and for each patch the feed-forward step before and after its activation. Held
+/// against `mtmd_get_memory_usage` for two encoders with flash attention it was 5 % and 48 %
+/// too high.
 fn vision_compute(header: &Header) -> u64 {
     const F32_BYTES: u64 = 4;
     let number = |key: &str| header.metadata.u64(key).unwrap_or(0);
@@ -73,7 +75,7 @@ fn vision_compute(header: &Header) -> u64 {
     let embedding = number("clip.vision.embedding_length");
     let per_patch = feed_forward
         .saturating_mul(2)
-        .saturating_add(embedding.saturating_mul(4));
+        .saturating_add(embedding.saturating_mul(2));
     let picture = side.saturating_mul(side).saturating_mul(3);
     patches
         .saturating_mul(per_patch)
