@@ -170,7 +170,7 @@ def test_the_next_placement_claims_what_the_last_load_took(machine: Machine) -> 
         loaded_once(proxy, machine.file)
     (device,) = best(machine.model).devices
     with machine.proxy() as proxy:
-        proxy.wait_for_line("what 1 load took is remembered")
+        proxy.wait_for_line("memory of earlier loads is known: 1")
         proxy.chat("small")
         proxy.wait_for_line("load small: .*measured: ")
         (server,) = proxy.get("/health")["servers"]
@@ -200,7 +200,7 @@ def test_a_load_that_is_known_to_take_more_than_there_is_goes_elsewhere(machine:
     with machine.proxy() as proxy:
         loaded_once(proxy, machine.file)
     with machine.proxy() as proxy:
-        proxy.wait_for_line("what 1 load took is remembered")
+        proxy.wait_for_line("memory of earlier loads is known: 1")
         answer = proxy.chat("small")
         assert answer.status_code == 503
         assert answer.json()["error"]["code"] == "does_not_fit"

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
-__all__ = ["UNASSIGNED_PORT", "Engine", "LaunchPlan", "plan_launch"]
+__all__ = ["UNASSIGNED_PORT", "DryRun", "Engine", "LaunchPlan", "plan_dry_run", "plan_launch"]
 
 UNASSIGNED_PORT = 0
 """The port of a plan whose server picks a free one when it starts."""
@@ -85,8 +85,24 @@ class LaunchPlan:
 
     def full_environment(self, inherited: Mapping[str, str]) -> dict[str, str]:
         """``inherited`` less the variables that llama-server would obey, plus ours."""
-        kept = {name: value for name, value in inherited.items() if not name.startswith(INHERITED_OVERRIDES)}
-        return {**kept, **self.environment}
+        return _on_top_of(inherited, self.environment)
+
+
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """How to ask llama.cpp what a model takes, without loading it."""
+
+    argv: tuple[str, ...]
+    environment: Mapping[str, str] = field(hash=False)
+
+    def full_environment(self, inherited: Mapping[str, str]) -> dict[str, str]:
+        """As :meth:`LaunchPlan.full_environment`."""
+        return _on_top_of(inherited, self.environment)
+
+
+def _on_top_of(inherited: Mapping[str, str], environment: Mapping[str, str]) -> dict[str, str]:
+    kept = {name: value for name, value in inherited.items() if not name.startswith(INHERITED_OVERRIDES)}
+    return {**kept, **environment}
 
 
 def plan_launch(
@@ -163,12 +179,19 @@ def plan_launch(
     argv: list[str] = [*engine.command, "-m", str(model_path), "--alias", alias]
     argv += ["--host", host, "--port", str(port)]
     argv += _placement_flags(engine, gpu_uuids, gpu_layers, tensor_split)
-    argv += ["-c", str(context_length), "-np", str(parallel), "-kvu" if kv_unified else "-no-kvu"]
-    argv += ["-b", str(batch), "-ub", str(micro_batch), "-fa", flash_attention]
-    argv += ["-ctk", cache_type_k, "-ctv", cache_type_v]
-    argv += _experts_flags(cpu_moe_layers)
-    argv += ["-nkvo"] if not kv_offload else []
-    argv += ["--swa-full"] if swa_full else []
+    argv += ["-kvu" if kv_unified else "-no-kvu"]
+    argv += _memory_flags(
+        context_length=context_length,
+        parallel=parallel,
+        batch=batch,
+        micro_batch=micro_batch,
+        flash_attention=flash_attention,
+        cache_type_k=cache_type_k,
+        cache_type_v=cache_type_v,
+        cpu_moe_layers=cpu_moe_layers,
+        kv_offload=kv_offload,
+        swa_full=swa_full,
+    )
     argv += ["--mmproj", str(mmproj)] if mmproj is not None else []
     if draft is not None:
         argv += _draft_flags(engine, draft, on_gpu=bool(gpu_uuids), extra_arguments=extra_arguments)
@@ -178,11 +201,7 @@ def plan_launch(
     argv += ["--cache-ram", str(cache_ram_bytes // MIB)]
     argv += _service_flags(engine)
     argv += extra_arguments
-    environment = {
-        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-        "CUDA_VISIBLE_DEVICES": ",".join(gpu_uuids),
-        "LLAMA_API_KEY": api_key,
-    }
+    environment = {**_gpus_in_order(gpu_uuids), "LLAMA_API_KEY": api_key}
     return LaunchPlan(
         argv=tuple(argv),
         environment=MappingProxyType(environment),
@@ -195,6 +214,55 @@ def plan_launch(
     )
 
 
+def plan_dry_run(
+    tool: str | Path,
+    *,
+    model_path: str | Path,
+    gpu_uuids: Sequence[str],
+    gpu_layers: int | None = None,
+    tensor_split: Sequence[float] = (),
+    kv_unified: bool = False,
+    parallel: int = 1,
+    **options: Any,
+) -> DryRun | None:
+    """Plan a question to ``llama-fit-params``; the options are those of :func:`plan_launch`.
+
+    None where that program cannot be told: it has no flag for a cache that slots share.
+    """
+    if kv_unified and parallel > 1:
+        return None
+    argv = [str(tool), "-m", str(model_path), "--fit", "off", "-fitp", "on"]
+    argv += ["-ngl", str(EVERY_LAYER if gpu_layers is None else gpu_layers), "-sm", "layer"]
+    argv += _split_flags(gpu_uuids, tensor_split)
+    argv += _memory_flags(parallel=parallel, **options)
+    return DryRun(tuple(argv), MappingProxyType(_gpus_in_order(gpu_uuids)))
+
+
+def _gpus_in_order(gpu_uuids: Sequence[str]) -> dict[str, str]:
+    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(gpu_uuids)}
+
+
+def _memory_flags(
+    *,
+    context_length: int = 0,
+    parallel: int = 1,
+    batch: int = 2048,
+    micro_batch: int = 512,
+    flash_attention: str = "auto",
+    cache_type_k: str = "f16",
+    cache_type_v: str = "f16",
+    cpu_moe_layers: int | Literal["all"] = 0,
+    kv_offload: bool = True,
+    swa_full: bool = False,
+) -> list[str]:
+    flags = ["-c", str(context_length), "-np", str(parallel)]
+    flags += ["-b", str(batch), "-ub", str(micro_batch), "-fa", flash_attention]
+    flags += ["-ctk", cache_type_k, "-ctv", cache_type_v]
+    flags += _experts_flags(cpu_moe_layers)
+    flags += ["-nkvo"] if not kv_offload else []
+    return [*flags, "--swa-full"] if swa_full else flags
+
+
 def _placement_flags(
     engine: Engine, gpu_uuids: Sequence[str], gpu_layers: int | None, tensor_split: Sequence[float]
 ) -> list[str]:
@@ -204,9 +272,13 @@ def _placement_flags(
         # Hiding the GPUs alone leaves the backend in; naming no device keeps its context from being made.
         return [*flags, "-ngl", "0", *(["-dev", "none"] if engine.knows("-dev") else [])]
     flags += ["-ngl", str(EVERY_LAYER if gpu_layers is None else gpu_layers), "-sm", "layer"]
-    if len(gpu_uuids) > 1 and tensor_split:
-        flags += ["-ts", ",".join(_proportion(share) for share in tensor_split)]
-    return flags
+    return flags + _split_flags(gpu_uuids, tensor_split)
+
+
+def _split_flags(gpu_uuids: Sequence[str], tensor_split: Sequence[float]) -> list[str]:
+    if len(gpu_uuids) < 2 or not tensor_split:  # noqa: PLR2004
+        return []
+    return ["-ts", ",".join(_proportion(share) for share in tensor_split)]
 
 
 def _experts_flags(cpu_moe_layers: int | Literal["all"]) -> list[str]:

@@ -26,15 +26,21 @@ PLACING_ROUNDS = 4
 class Placing:
     """A ``Placer`` over the last snapshot.
 
-    ``entry`` looks a model up in the catalogue; ``known`` has what loads took and llama.cpp projected.
+    ``entry`` looks a model up in the catalogue; ``known`` has what loads took and llama.cpp projected;
+    ``more_claims`` are of processes of ours that are no servers.
     """
 
     def __init__(
-        self, config: Config, entry: Callable[[str], ModelEntry], known: KnownMemory | None = None
+        self,
+        config: Config,
+        entry: Callable[[str], ModelEntry],
+        known: KnownMemory | None = None,
+        more_claims: Callable[[], Sequence[Claim]] = tuple,
     ) -> None:
         self._config = config
         self._entry = entry
         self._known = known
+        self._more_claims = more_claims
         self.snapshot = GpuSnapshot([])
 
     @property
@@ -57,7 +63,7 @@ class Placing:
                 raise DoesNotFitError(f"{model} may not run on the CPU (gpu.cpu_fallback: false): {why}")
             return Assignment("cpu", reason="on the CPU")
         entry = self._entry(model)
-        gpus = available_gpus(self._allowed_gpus(), claims)
+        gpus = available_gpus(self._allowed_gpus(), (*claims, *self._more_claims()))
         running = [self._running(resident) for resident in residents]
         try:
             return self._place(entry, gpus, running)

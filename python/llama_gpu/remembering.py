@@ -1,4 +1,4 @@
-"""Remembers what every load of the proxy took, for the next placement and for ``estimate``.
+"""Remembers what every load of the proxy took, and what llama.cpp projected, for the next one.
 
 Requests never wait for it: files are read and written in threads, by tasks of their own.
 """
@@ -12,15 +12,18 @@ from typing import Any
 import structlog
 
 from llama_gpu import Gpu, MemoryEstimate, estimate
+from llama_gpu.budget import Claim
 from llama_gpu.buffer_lines import LoadedBuffers
 from llama_gpu.catalog import ModelEntry
 from llama_gpu.config import Config
 from llama_gpu.launch import Engine
 from llama_gpu.measured import taken_by_load
 from llama_gpu.memory.known import KnownMemory
+from llama_gpu.memory.projection import projection_tool
 from llama_gpu.memory.record import Taken
 from llama_gpu.memory.store import store_at
 from llama_gpu.placing import load_of
+from llama_gpu.projecting import Projecting
 from llama_gpu.residents import Assignment
 
 __all__ = ["Remembering"]
@@ -31,27 +34,61 @@ _log = structlog.get_logger("llama_gpu")
 
 
 class Remembering:
-    """``known`` is what placing asks; ``spawn`` runs a coroutine on its own."""
+    """``known`` is what placing asks; ``spawn`` runs a coroutine on its own.
 
-    def __init__(self, config: Config, spawn: Spawn) -> None:
+    ``place`` says where a model would go now, ``gpus`` reads the last snapshot.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        spawn: Spawn,
+        *,
+        place: Callable[[str], Assignment],
+        gpus: Callable[[], Iterable[Gpu]],
+    ) -> None:
         self.known = KnownMemory(store_at(config.memory.path))
+        self._projecting = Projecting(self.known, place, gpus) if config.memory.projection else None
         self._spawn = spawn
+        self._entries: tuple[ModelEntry, ...] = ()
+        self._engine: Engine | None = None
+        self._recalled = False
 
     def recall(self, entries: Iterable[ModelEntry]) -> None:
         """Read what earlier processes remembered; until that is done, estimates are analytic."""
-        headers = [entry.header for entry in entries if entry.header is not None]
+        self._entries = tuple(entries)
+        headers = [entry.header for entry in self._entries if entry.header is not None]
 
         async def read() -> None:
             count = await asyncio.to_thread(self.known.read, headers)
-            if count:
-                _log.info(f"what {count} load{'s' * (count != 1)} took is remembered")
+            if count and not self._recalled:
+                _log.info(f"memory of earlier loads is known: {count}")
+            self._recalled = True
+            self._project()
 
         self._spawn(read(), "recalling memory")
 
     def engine_found(self, engine: Engine) -> None:
         """From now on loads are made with this llama.cpp."""
         if mark := self.known.use_engine(engine):
+            self._engine = engine
             self._spawn(_in_thread(self.known.store.set_engine, mark), "remembering the engine")
+            self._project()
+
+    def _project(self) -> None:
+        """Ask the dry run once what is remembered and which engine it is stand fast."""
+        tool = projection_tool(self._engine) if self._engine and self._recalled else None
+        if tool and self._projecting:
+            self._spawn(self._projecting.ask(tool, self._entries), "projecting memory")
+
+    def loading(self, loads: bool) -> None:
+        """Whether a server loads now: the dry run keeps out of its way."""
+        if self._projecting:
+            self._projecting.loading(loads)
+
+    def claims(self) -> Sequence[Claim]:
+        """Processes of ours that are no servers: what they hold counts as free."""
+        return self._projecting.claims if self._projecting else ()
 
     def loaded(
         self,

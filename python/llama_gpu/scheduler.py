@@ -108,6 +108,12 @@ class Scheduler:
         """Residents by model id, for display and for the placer's claims."""
         return self._residents
 
+    @property
+    def loads(self) -> bool:
+        """Whether a server loads, or is about to."""
+        begun = (ResidentState.MAKING_ROOM, ResidentState.LOADING)
+        return any(resident.state in begun for resident in self._residents.values())
+
     def waiting_count(self, model: str | None = None) -> int:
         """How many requests wait, for one model or for all."""
         return sum(1 for wanted, _ in self._waiting.values() if model in (None, wanted))

@@ -67,8 +67,13 @@ class Supervisor:
         self.config = config
         self.catalog = catalog
         self._rescan = rescan
-        self._memory = Remembering(config, self._spawn)
-        self._placing = Placing(config, self.entry, self._memory.known)
+        self._memory = Remembering(
+            config,
+            self._spawn,
+            place=lambda model: self._placing(model, (), ()),
+            gpus=lambda: self.snapshot.gpus,
+        )
+        self._placing = Placing(config, self.entry, self._memory.known, self._memory.claims)
         self.counts = Counts()
         self.changes = StateChanges()
         self.monitor = GpuMonitor(
@@ -233,6 +238,7 @@ class Supervisor:
         self.counts.decided(effects, microseconds / 1e6)
         for effect in effects:
             self._carry_out(effect, microseconds)
+        self._memory.loading(self.scheduler.loads)
         self.changes.compare(self.snapshot.gpus, self.scheduler.residents, time.time())
 
     def _carry_out(self, effect: Effect, microseconds: float) -> None:

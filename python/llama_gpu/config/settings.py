@@ -222,6 +222,8 @@ class MemorySettings(_Settings):
 
     file: Path | None = None
     """Where it is remembered; unset = memory.sqlite3 in the user's folder for caches."""
+    projection: bool = True
+    """Ask llama.cpp what the models will take, where its llama-fit-params stands beside llama-server."""
 
     @property
     def path(self) -> Path | None:
