@@ -24,7 +24,7 @@ MIB = 1024 * 1024
 
 def call(*arguments, program=SCRIPT, **environment) -> subprocess.CompletedProcess:
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("LLAMA_GPU_")}
-    nvml = {key: value for key, value in os.environ.items() if "NVML" in key}
+    nvml = {key: value for key, value in os.environ.items() if "NVML" in key or "MEMORY_FILE" in key}
     return subprocess.run(
         [*program, *map(str, arguments)],
         env={**inherited, **NO_DRIVER, **nvml, "COLUMNS": "100", **environment},

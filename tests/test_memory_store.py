@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sqlite3
 import subprocess
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import llama_gpu as lg
-from llama_gpu.memory.case import Case, gpu_kind
+from llama_gpu.memory.case import COMPANIONS, DEFAULTS, Case, gpu_kind
 from llama_gpu.memory.record import (
     DeviceTaken,
     Record,
@@ -252,3 +253,17 @@ def test_gpus_of_one_kind_share_their_name_and_capability() -> None:
     one = lg.Gpu(index=0, name="NVIDIA L4", compute_capability=(8, 9))
     assert gpu_kind(one) == gpu_kind(one.replace(index=3, uuid="GPU-x", total_bytes=5)) == "NVIDIA L4 8.9"
     assert gpu_kind(one.replace(compute_capability=(9, 0))) != gpu_kind(one)
+
+
+def test_every_option_of_estimate_stands_in_the_key_or_has_a_reason_not_to() -> None:
+    elsewhere = {
+        "gpu_layers": "layers",
+        "devices": "layers",
+        "tensor_split": "layers",
+        "compute_capability": "kinds",
+        "backend": "only CUDA's is measured",
+        "context_length": "as the estimate resolved it",
+    }
+    known = {*DEFAULTS, *COMPANIONS, "lora", *elsewhere}
+    assert set(lg.EstimateOptions.__annotations__) == known
+    assert set(inspect.signature(lg._core.estimate).parameters) == {"model", *known}

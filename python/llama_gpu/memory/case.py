@@ -17,7 +17,7 @@ from typing import Any
 
 from llama_gpu._core import Gpu, Header, MemoryEstimate, read_header
 
-__all__ = ["Case", "gpu_kind", "model_identity", "options_text"]
+__all__ = ["COMPANIONS", "DEFAULTS", "Case", "gpu_kind", "model_identity", "options_text"]
 
 DEFAULTS: Mapping[str, Any] = {
     "parallel": 1,
@@ -31,7 +31,10 @@ DEFAULTS: Mapping[str, Any] = {
     "kv_offload": True,
     "swa_full": False,
 }
-"""The options of ``estimate`` that stand in a key as they are, with their defaults."""
+"""The options of ``estimate`` that stand in a key as they are, with their defaults.
+
+A device's compute capability stands in ``Case.kinds``.
+"""
 
 COMPANIONS = ("mmproj", "draft")
 
@@ -79,6 +82,8 @@ def options_text(
         chosen[name] = None if companion is None else model_identity(companion)
     if options.get("lora"):
         chosen["lora"] = sorted(model_identity(adapter) for adapter in options["lora"])
+    if lora := options.get("lora"):
+        chosen["lora"] = [model_identity(adapter) for adapter in lora]
     if extra_arguments:
         chosen["extra_arguments"] = list(extra_arguments)
     return json.dumps(chosen, sort_keys=True, separators=(",", ":"))
