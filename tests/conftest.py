@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from llama_gpu.memory.store import FILE_VARIABLE
+from support import accuracy, ground_truth
 from support.fake_nvml import FakeNvml, build
 
 _numbers = itertools.count()
@@ -45,3 +46,14 @@ def fake_nvml(fake_nvml_library: Path, tmp_path: Path, monkeypatch: pytest.Monke
     for name, value in fake.environment.items():
         monkeypatch.setenv(name, value)
     return fake
+
+
+@pytest.fixture(scope="session")
+def ground_truth_rows(tmp_path_factory: pytest.TempPathFactory) -> list[accuracy.Row]:
+    """Every device of every case that the project carries, estimated once for all tests."""
+    rows = []
+    for model in ground_truth.model_names():
+        path = ground_truth.write_model(model, tmp_path_factory.mktemp("model"))
+        rows += accuracy.rows_of(path, ground_truth.cases(model))
+        path.unlink()
+    return rows

@@ -60,7 +60,7 @@ def test_script_and_module_are_the_same():
     assert output_of("--version") == output_of("--version", program=MODULE) != ""
 
 
-@pytest.mark.parametrize("command", ["serve", "plan", "estimate", "inspect", "gpus", "doctor"])
+@pytest.mark.parametrize("command", ["serve", "plan", "estimate", "accuracy", "inspect", "gpus", "doctor"])
 def test_every_command_explains_itself(command):
     assert command in output_of("--help")
     assert "--json" in output_of(command, "--help")
@@ -115,6 +115,27 @@ def test_inspect_shows_what_the_header_says(model):
     assert answer["file_bytes"] == model.stat().st_size
     assert sum(answer["layers"].values()) == sum(kind["bytes"] for kind in answer["types"].values())
     assert answer["metadata"]["tokenizer.ggml.tokens"].startswith(f"array of {answer['vocabulary']} ")
+
+
+def test_estimate_says_where_the_context_stops_fitting(model):
+    def told(gpu_bytes):
+        answer = json.loads(output_of("estimate", model, "--gpu", gpu_bytes, "--json"))["gpu"]
+        assert answer["device_bytes"] == gpu_bytes
+        return answer["largest_context_length"]
+
+    trained = llama_gpu.read_header(model).trained_context_length
+    need = {
+        c: llama_gpu.estimate(model, context_length=c).devices[0].total_bytes for c in (256, 1024, trained)
+    }
+    assert told(need[trained]) == trained
+    assert told(need[1024]) == 1024
+    assert told(need[1024] - 1) == 768
+    assert told(need[256] - 1) == 0
+    assert f"fits up to 1024 tokens of context, trained for {trained}" in output_of(
+        "estimate", model, "--gpu", need[1024]
+    )
+    assert "does not fit with any context" in output_of("estimate", model, "--gpu", "1MiB")
+    assert "--gpu large: should be" in refusal_of("estimate", model, "--gpu", "large")
 
 
 def test_estimate_says_what_the_library_says(model):

@@ -12,15 +12,10 @@ if TYPE_CHECKING:
     from support.accuracy import Row
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+@pytest.fixture
+def rows(ground_truth_rows: list[Row]) -> list[Row]:
     """Every device of every case that the project carries."""
-    found = []
-    for model in ground_truth.model_names():
-        path = ground_truth.write_model(model, tmp_path_factory.mktemp("model"))
-        found += accuracy.rows_of(path, ground_truth.cases(model))
-        path.unlink()
-    return found
+    return ground_truth_rows
 
 
 def test_weights_equal_llama_cpp_to_the_byte(rows: list[Row]) -> None:

@@ -32,6 +32,7 @@ for _order, (_name, _purpose) in enumerate(
         "serve": "Serve models through one OpenAI-compatible endpoint.",
         "plan": "Show which models can be on the GPUs together, and where.",
         "estimate": "Show how much memory a model takes, per device.",
+        "accuracy": "Show what was said against what was taken.",
         "inspect": "Show what a GGUF file holds.",
         "gpus": "Show the GPUs and what is free on them.",
         "doctor": "Check that this machine can serve, and say what to do where it cannot.",

@@ -48,6 +48,8 @@ class EstimateFlags:
     """A projector that is loaded with the model."""
     draft: Path | None = None
     """A draft model that is loaded with the model."""
+    lora: tuple[Path, ...] = ()
+    """LoRA adapters that are loaded with the model; may be given several times."""
 
     def keywords(self) -> dict[str, Any]:
         """What ``llama_gpu.estimate`` takes."""
