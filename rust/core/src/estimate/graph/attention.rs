@@ -350,11 +350,12 @@ impl Builder<'_> {
     }
 
     /// `build_attn` with keys only (MLA): values are the first part of the cached keys.
-    pub(super) fn attend_latent(
+    pub(super) fn attend_latent_masked(
         &mut self,
         cache: CacheInput,
         [q, k, v]: [TensorId; 3],
         extras: Extras,
+        mask: impl FnOnce(&mut Self) -> TensorId,
     ) -> TensorId {
         for part in [q, v, k] {
             self.g.expand(part);
@@ -363,16 +364,27 @@ impl Builder<'_> {
         let (key, kv_heads) = (self.key_length(), self.kv_heads());
         let keys = self.cache_tensor(il, self.batch.cache_type_k, key * kv_heads, cache.cells);
         self.store_rows(keys, k, cache.key_ids);
+        let mask = mask(self);
         let k = self.read_rows(keys, key, kv_heads);
         let ([_, n1, n2, n3], [_, b1, b2, b3]) = (self.g.ne(k), self.g.nb(k));
         let width = self.g.ne(v)[0];
         let v = self.g.view(k, [width, n1, n2, n3], [b1, b2, b3]);
-        let cur = self.scores([q, k, v], cache.mask, extras);
+        let cur = self.scores([q, k, v], mask, extras);
         if extras.output.is_empty() {
             cur
         } else {
             self.project_biased(extras.output, cur)
         }
+    }
+
+    /// The same with the cache's own mask.
+    pub(super) fn attend_latent(
+        &mut self,
+        cache: CacheInput,
+        heads: [TensorId; 3],
+        extras: Extras,
+    ) -> TensorId {
+        self.attend_latent_masked(cache, heads, extras, |_| cache.mask)
     }
 
     /// `build_attn_mha`.

@@ -31,14 +31,10 @@ pub(super) enum Norm {
 pub(super) enum Activation {
     /// Gate and up go through one operation (silu, gelu and relu with a parallel gate).
     Gated,
-    /// One activation of `up` alone.
-    Plain,
     /// relu and sqr, two operations.
     Squared,
     /// Gate and up are the halves of one tensor (swiglu, geglu).
     Halves,
-    /// A gated silu whose parts are clamped first.
-    Clamped,
 }
 
 /// A model's graph while it is built.
@@ -595,20 +591,14 @@ impl<'a> Builder<'a> {
         };
         let mut cur = match activation {
             Activation::Gated if has_gate => self.g.glu(gated, raised),
-            Activation::Clamped => {
-                let raised = self.g.unary(raised);
-                let gated = self.g.unary(gated);
-                let gated = self.g.unary(gated);
-                self.g.mul(gated, raised)
-            }
-            Activation::Gated | Activation::Plain => self.g.unary(gated),
+            Activation::Gated => self.g.unary(gated),
             Activation::Squared => {
                 let cur = self.g.unary(gated);
                 self.g.unary(cur)
             }
             Activation::Halves => self.g.glu_halves(gated),
         };
-        if has_gate && matches!(activation, Activation::Plain | Activation::Squared) {
+        if has_gate && activation == Activation::Squared {
             cur = self.g.mul(cur, raised);
         }
         if self.has(down) {

@@ -34,10 +34,6 @@ pub(super) enum ExpertActivation {
     Usual,
     /// relu and sqr.
     Squared,
-    /// A gated silu with clamped parts.
-    Clamped,
-    /// Kimi's situ; whether the up branch is bent too.
-    Situ { linear: bool },
 }
 
 /// One mixture of experts; the names are those after `blk.N.`, less `.weight`.
@@ -266,30 +262,6 @@ impl Builder<'_> {
                 let relu = self.g.unary(gate);
                 self.g.unary(relu)
             }
-            ExpertActivation::Clamped => {
-                let up = self.g.unary(up);
-                let gate = self.g.unary(gate);
-                let gate = self.g.unary(gate);
-                self.g.mul(gate, up)
-            }
-            ExpertActivation::Situ { linear } => self.situ(gate, up, linear),
         }
-    }
-
-    /// `beta*tanh(gate/beta)*sigmoid(gate)*...` of Kimi K3.
-    pub(super) fn situ(&mut self, gate: TensorId, up: TensorId, linear: bool) -> TensorId {
-        let mut bent = gate;
-        for _ in 0..3 {
-            bent = self.g.unary(bent);
-        }
-        let sigmoid = self.g.unary(gate);
-        let act = self.g.mul(bent, sigmoid);
-        let mut up = up;
-        if linear {
-            for _ in 0..3 {
-                up = self.g.unary(up);
-            }
-        }
-        self.g.mul(act, up)
     }
 }

@@ -12,10 +12,6 @@
 //! llama.cpp's dry run counts the prompt-processing graph only; so does this. Layers that repeat are planned a few times, not all of
 //! them: the allocator is in the same state after every one.
 
-#![allow(
-    dead_code,
-    reason = "operations and parts are there for the families that are still to be described"
-)]
 #![expect(
     clippy::many_single_char_names,
     reason = "q, k, v, x, a and b are what papers and llama.cpp call them"
@@ -42,6 +38,8 @@ mod reserve;
 mod scheduler;
 mod states;
 mod tensor;
+#[cfg(test)]
+mod tests;
 
 use std::cell::RefCell;
 

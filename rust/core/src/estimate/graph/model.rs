@@ -202,10 +202,6 @@ impl GraphModel {
         self.float(key).map_or(default, |n| n as i64)
     }
 
-    pub(super) fn has(&self, key: &str) -> bool {
-        find(&self.values, name_hash(key)).is_some()
-    }
-
     pub(super) fn flag(&self, key: &str) -> bool {
         self.number(key, 0) != 0
     }
@@ -218,27 +214,11 @@ impl GraphModel {
         }
     }
 
-    pub(super) fn text(&self, key: &str) -> Option<&str> {
-        match find(&self.values, name_hash(key))? {
-            Value::Text(text) => Some(text),
-            _ => None,
-        }
-    }
-
     /// The array under `key`, if it is one.
     pub(super) fn array(&self, key: &str) -> Option<&[f64]> {
         match find(&self.values, name_hash(key))? {
             Value::Numbers(numbers) => Some(numbers),
             _ => None,
-        }
-    }
-
-    /// A number that may differ per layer.
-    pub(super) fn number_of_layer(&self, key: &str, il: usize, default: i64) -> i64 {
-        match find(&self.values, name_hash(key)) {
-            Some(Value::Number(number)) => *number as i64,
-            Some(Value::Numbers(numbers)) => numbers.get(il).map_or(default, |n| *n as i64),
-            _ => default,
         }
     }
 

@@ -262,12 +262,6 @@ impl Graph {
 
     // operations with memory of their own
 
-    /// An operation that keeps the shape of its first source and cannot write over it (norm, group norm, l2 norm, cumsum, tri).
-    pub(super) fn same_shape(&mut self, sources: &[TensorId]) -> TensorId {
-        let a = sources.first().copied().unwrap_or(TensorId::NONE);
-        self.like(Op::Other, a, sources)
-    }
-
     /// `ggml_norm`, `ggml_l2_norm`.
     pub(super) fn norm(&mut self, a: TensorId) -> TensorId {
         self.like(Op::Other, a, &[a])

@@ -77,10 +77,6 @@ impl<'a> Batch<'a> {
         i64::try_from(cells).unwrap_or(self.cells)
     }
 
-    pub(super) fn micro_batch(&self) -> i64 {
-        i64::from(self.resolved.micro_batch)
-    }
-
     /// The backend behind the devices.
     pub(super) fn cpu(&self) -> u8 {
         u8::try_from(self.layout.devices).unwrap_or(u8::MAX - 1)

@@ -7,6 +7,7 @@ mod hybrid;
 mod kda;
 mod latent;
 mod mamba;
+mod sparse;
 mod special;
 
 use super::builder::Builder;
@@ -50,6 +51,7 @@ fn own_graph(architecture: &str) -> Option<fn(&mut Builder<'_>)> {
         "qwen3next" | "qwen35" | "qwen35moe" => delta::qwen,
         "kimi-linear" => kda::kimi_linear,
         "bailingmoe3" => kda::bailing,
+        "deepseek32" | "glm-dsa" => sparse::sparse,
         "minicpm3" => latent::minicpm3,
         "plm" => latent::plm,
         _ => return None,

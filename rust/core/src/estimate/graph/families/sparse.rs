@@ -1,0 +1,162 @@
+//! Latent attention to the positions that an indexer picks (`deepseek32.cpp`, `glm-dsa.cpp`; `build_attn_inp_k_dsa`).
+
+use super::super::attention::{AttentionInput, CacheInput, Extras};
+use super::super::builder::{Builder, NONE, Norm};
+use super::super::tensor::{Op, TensorId};
+use super::latent::{Latent, absorbed, feed_forward, latents};
+use crate::gguf::GgmlType;
+
+/// The inputs of the indexer's cache.
+#[derive(Clone, Copy)]
+struct Indexer {
+    ids: TensorId,
+    mask: TensorId,
+    rotation: TensorId,
+    length: i64,
+    heads: i64,
+    picked: i64,
+}
+
+impl Indexer {
+    fn of(b: &mut Builder<'_>) -> Self {
+        let length = b.number("attention.indexer.key_length", 1);
+        let ids = b.key_ids();
+        let mask = b.mask(b.batch.cells, GgmlType::F16);
+        let mut size = 64;
+        while length > 0 && length % (size * 2) == 0 {
+            size *= 2;
+        }
+        Self {
+            ids,
+            mask,
+            rotation: b.g.input(GgmlType::F32, [size, size, 1, 1]),
+            length,
+            heads: b.number("attention.indexer.head_count", 1),
+            picked: b.number("attention.indexer.top_k", 1).min(b.batch.cells),
+        }
+    }
+}
+
+/// `DeepSeek` V3.2 and GLM with sparse attention.
+pub(super) fn sparse(b: &mut Builder<'_>) {
+    let mut cur = b.embeddings();
+    let positions = b.positions();
+    let AttentionInput::Cache(cache) = b.attention_input() else {
+        return;
+    };
+    let indexer = Indexer::of(b);
+    let outputs = b.output_ids();
+    let owners = b.hyper.owns_indexer.clone();
+    let owns = |il: usize| owners.get(il) == Some(&true);
+    let mut picked = NONE;
+    for il in b.layers_by(|il| u64::from(owns(il))) {
+        b.enter(il);
+        let mut residual = cur;
+        let normed = b.rms(cur, "attn_norm");
+        let low = matmul(b, "attn_q_a", normed);
+        let low = b.rms(low, "attn_q_a_norm");
+        if owns(il) || !picked.is_some() {
+            picked = pick(b, normed, low, positions, indexer);
+        }
+        let mut attended = attend(b, normed, low, positions, cache, picked);
+        if b.is_last() {
+            b.pick_outputs([&mut attended, &mut residual], outputs);
+        }
+        let middle = b.g.add(attended, residual);
+        let normed = b.rms(middle, "ffn_norm");
+        let fed = feed_forward(b, normed);
+        cur = b.g.add(fed, middle);
+    }
+    let cur = b.output_norm(cur, Norm::Rms);
+    b.finish(cur, 0);
+}
+
+fn matmul(b: &mut Builder<'_>, name: &str, cur: TensorId) -> TensorId {
+    let weight = b.weight(name);
+    b.g.mul_mat(weight, cur)
+}
+
+/// The positions that every token attends to.
+fn pick(
+    b: &mut Builder<'_>,
+    normed: TensorId,
+    low: TensorId,
+    positions: TensorId,
+    i: Indexer,
+) -> TensorId {
+    let (n_tokens, streams) = (b.n_tokens, b.batch.streams);
+    let q = matmul(b, "indexer.attn_q_b", low);
+    let q = b.g.reshape_3d(q, i.length, i.heads, n_tokens);
+    let q = b.rope(q, positions);
+    let k = matmul(b, "indexer.attn_k", normed);
+    let k = b.norm(k, "indexer.k_norm", Norm::Layer);
+    let k = b.g.reshape_3d(k, i.length, 1, n_tokens);
+    let k = b.rope(k, positions);
+    let q = b.g.mul_mat(i.rotation, q);
+    let k = b.g.mul_mat(i.rotation, k);
+    let (il, element, cells) = (b.layer(), b.batch.cache_type_k, b.batch.cells);
+    let keys = b.cache_tensor(il, element, i.length, cells);
+    b.store_rows(keys, k, i.ids);
+    let weights = matmul(b, "indexer.proj", normed);
+    let k = b.read_rows(keys, i.length, 1);
+    let ([q0, q1, q2, _], [_, b1, b2, b3]) = (b.g.ne(q), b.g.nb(q));
+    let q =
+        b.g.view(q, [q0, q1, q2 / streams, streams], [b1, b2, b3 / streams]);
+    let ([w0, w1, w2, _], [_, b1, b2, b3]) = (b.g.ne(weights), b.g.nb(weights));
+    let weights = b.g.view(
+        weights,
+        [w0, w1 / streams, w2, streams],
+        [b1, b2 / streams, b3 / streams],
+    );
+    let weights = b.g.unary(weights);
+    let scores = b.g.result(
+        Op::Other,
+        GgmlType::F32,
+        [cells, q2 / streams, 1, streams],
+        &[q, k, weights, i.mask],
+    );
+    let best = b.g.top_k(scores, i.picked);
+    b.g.cont(best)
+}
+
+/// `build_attn` with a mask that lets only the picked positions through.
+fn attend(
+    b: &mut Builder<'_>,
+    normed: TensorId,
+    low: TensorId,
+    positions: TensorId,
+    cache: CacheInput,
+    picked: TensorId,
+) -> TensorId {
+    let sizes = Latent::of(b);
+    let (heads, n_tokens) = (b.heads(), b.n_tokens);
+    let q = matmul(b, "attn_q_b", low);
+    let q =
+        b.g.reshape_3d(q, sizes.plain + sizes.rotated, heads, n_tokens);
+    let parts = latents(b, normed, positions, sizes);
+    let heads = absorbed(b, q, parts, positions, sizes);
+    let value_expansion = b.weight("attn_v_b");
+    b.attend_latent_masked(
+        cache,
+        heads,
+        Extras {
+            value_expansion,
+            ..Extras::default()
+        },
+        |b| mask(b, cache.mask, picked),
+    )
+}
+
+fn mask(b: &mut Builder<'_>, mask: TensorId, picked: TensorId) -> TensorId {
+    let closed = b.g.unary(mask);
+    let ([n0, n1, _, n3], [b0, b1, b2, _]) = (b.g.ne(closed), b.g.nb(closed));
+    let closed = b.g.view(closed, [1, n0, n1, n3], [b0, b1, b2]);
+    let ([t0, t1, _, t3], [_, p1, p2, p3]) = (b.g.ne(picked), b.g.nb(picked));
+    let ids = b.g.view(picked, [t0, t1, t3, 1], [p1, p2, t3 * p3]);
+    let zeros = b.g.blank(GgmlType::F32, [1, t0, t1, t3]);
+    let zeros = b.g.unary(zeros);
+    let opened = b.g.set_rows(closed, zeros, ids);
+    let ([_, o1, o2, o3], [_, _, s2, s3]) = (b.g.ne(opened), b.g.nb(opened));
+    let opened = b.g.view(opened, [o1, o2, 1, o3], [s2, s3, s3]);
+    b.g.add(opened, mask)
+}

@@ -1,0 +1,92 @@
+//! The planner's parts against what they promise.
+
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::cast_sign_loss)]
+
+use proptest::prelude::*;
+
+use super::allocator::Buffer;
+use super::ops::Graph;
+use super::repeats::representatives;
+use super::tensor::Op;
+use crate::gguf::GgmlType;
+
+proptest! {
+    #[test]
+    fn a_buffer_never_gives_the_same_bytes_twice(steps in prop::collection::vec((any::<bool>(), 1_i64..64, any::<prop::sample::Index>()), 1..200)) {
+        let mut buffer = Buffer::default();
+        buffer.reset();
+        let mut live: Vec<(i64, i64)> = Vec::new();
+        for (frees, blocks, which) in steps {
+            if frees && !live.is_empty() {
+                let (offset, bytes) = live.swap_remove(which.index(live.len()));
+                buffer.release(offset, bytes);
+                continue;
+            }
+            let bytes = blocks * 32;
+            let offset = buffer.allocate(bytes);
+            prop_assert!(live.iter().all(|(start, size)| offset + bytes <= *start || start + size <= offset));
+            prop_assert!(offset + bytes <= buffer.peak);
+            live.push((offset, bytes));
+        }
+        let peak = buffer.peak;
+        for (offset, bytes) in live {
+            buffer.release(offset, bytes);
+        }
+        // all given back, the buffer is one block again
+        prop_assert_eq!(buffer.allocate(peak.max(32)), 0);
+    }
+
+    #[test]
+    fn repeated_rounds_stand_for_every_layer_once(kinds in prop::collection::vec(0_u64..3, 1..80)) {
+        let (built, repeats) = representatives(&kinds);
+        let skipped: usize = repeats.iter().map(|repeat| repeat.more * repeat.period).sum();
+        prop_assert_eq!(built.len() + skipped, kinds.len());
+        prop_assert!(built.is_sorted());
+        prop_assert_eq!(built.last().copied(), Some(kinds.len() - 1));
+        let mut played = Vec::new();
+        for (place, il) in built.iter().enumerate() {
+            if let Some(repeat) = repeats.iter().find(|repeat| repeat.first == place) {
+                let round: Vec<u64> = built[place..place + repeat.period].iter().map(|il| kinds[*il]).collect();
+                for _ in 0..repeat.more {
+                    played.extend_from_slice(&round);
+                }
+            }
+            played.push(kinds[*il]);
+        }
+        prop_assert_eq!(played, kinds);
+    }
+}
+
+#[test]
+fn a_long_stack_of_like_layers_is_built_four_times() {
+    let (built, repeats) = representatives(&[7; 32]);
+    assert_eq!(built, [0, 1, 2, 31]);
+    assert_eq!(repeats.len(), 1);
+    assert_eq!(repeats[0].more, 28);
+}
+
+#[test]
+fn sources_join_a_graph_before_what_reads_them_and_only_once() {
+    let mut graph = Graph::default();
+    let input = graph.input(GgmlType::F32, [8, 4, 1, 1]);
+    let normed = graph.rms_norm(input);
+    let scaled = graph.unary(normed);
+    let sum = graph.add(scaled, normed);
+    graph.expand(sum);
+    graph.expand(normed);
+    assert_eq!(graph.leaves, [input]);
+    assert_eq!(graph.nodes, [normed, scaled, sum]);
+}
+
+#[test]
+fn strides_decide_how_many_bytes_a_view_spans() {
+    let mut graph = Graph::default();
+    let whole = graph.input(GgmlType::F32, [16, 4, 1, 1]);
+    let half = graph.view_2d(whole, 8, 4, 64);
+    assert_eq!(graph.get(whole).bytes(), 256);
+    assert_eq!(graph.get(half).bytes(), 3 * 64 + 8 * 4);
+    assert!(!graph.get(half).is_contiguous());
+    assert_eq!(graph.get(half).op, Op::View);
+    let joined = graph.cont(half);
+    assert_eq!(graph.get(joined).bytes(), 128);
+}
