@@ -19,7 +19,7 @@ pub(crate) struct Item {
 pub(crate) type Assignment = Vec<Option<usize>>;
 
 /// Steps of all the exact searches of one assignment: a few milliseconds.
-const ALL_STEPS: u32 = 24_000;
+const ALL_STEPS: u32 = 16_000;
 /// Steps of one of them.
 const STEPS: u32 = 400;
 /// What a search costs beside its own steps, in steps.
