@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 import threading
 from dataclasses import dataclass
@@ -175,6 +176,23 @@ def test_the_next_placement_claims_what_the_last_load_took(machine: Machine) -> 
         proxy.wait_for_line("load small: .*measured: ")
         (server,) = proxy.get("/health")["servers"]
         assert server["gpu_assignment"]["estimated_vram_required_bytes"] == device.total_bytes
+
+
+def test_plan_goes_by_what_a_load_took_as_the_proxy_does(machine: Machine) -> None:
+    machine.script(model=600.0)
+    with machine.proxy() as proxy:
+        loaded_once(proxy, machine.file)
+    (device,) = best(machine.model).devices
+    command = [sys.executable, "-m", "llama_gpu", "plan", str(machine.model.parent), "--json"]
+    told = subprocess.run(
+        [*command, "--config", str(machine.folder / "config.json")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    (planned,) = json.loads(told.stdout)["models"]
+    assert device.total_bytes in planned["placement"]["bytes_by_gpu"].values()
+    assert "measured: " in planned["placement"]["reason"]
 
 
 def test_the_driver_s_word_on_the_process_is_what_the_load_took(machine: Machine) -> None:

@@ -15,6 +15,8 @@ from llama_gpu.catalog import Catalog, ModelEntry, scan
 from llama_gpu.cli.show import print_json, print_lines, print_table, size
 from llama_gpu.config import Config, load_config
 from llama_gpu.errors import ConfigError, DoesNotFitError, LlamaGpuError
+from llama_gpu.memory.known import KnownMemory
+from llama_gpu.memory.store import store_at
 from llama_gpu.placing import Placing
 from llama_gpu.residents import Assignment
 from llama_gpu.supervisor import CPU_POOL_SIZE
@@ -98,7 +100,10 @@ def imagined(sizes: Sequence[str]) -> GpuSnapshot:
 
 def plan_models(catalog: Catalog, snapshot: GpuSnapshot, settings: Config) -> Iterator[Planned]:
     """Asks the proxy's own question for one model after the other, each beside those before it."""
-    placing = Placing(settings, catalog.find)
+    known = KnownMemory(store_at(settings.memory.path))
+    if known.read(()):
+        known.use_last_engine()
+    placing = Placing(settings, catalog.find, known)
     free = {gpu.uuid: gpu.free_bytes or 0 for gpu in snapshot}
     slots = settings.server_pool.size or (len(catalog.models) if len(snapshot) else CPU_POOL_SIZE)
     for model in sorted(catalog.models, key=_order):
@@ -154,6 +159,8 @@ def _row(item: Planned) -> tuple[object, ...]:
 
 def _fields(item: Planned) -> dict[str, Any]:
     assignment = asdict(item.assignment) if item.assignment else None
+    if assignment:
+        del assignment["estimate"]  # what it takes stands in bytes_by_gpu
     return {
         "id": item.model.id,
         "file_bytes": item.model.file_bytes,

@@ -16,7 +16,7 @@ from llama_gpu.memory.case import gpu_kind, model_identity, options_text
 from llama_gpu.memory.record import Record
 from llama_gpu.memory.store import EngineMark, MemoryStore, default_file, store_at
 
-__all__ = ["best_estimate", "build_of", "mark_of"]
+__all__ = ["best_estimate", "build_now", "build_of", "mark_of"]
 
 
 def best_estimate(
@@ -33,7 +33,7 @@ def best_estimate(
     if analytic.devices and options.get("backend", "cuda") != "cuda":
         return analytic
     mark = store.engine()
-    build = None if mark is None else _build_now(mark)
+    build = None if mark is None else build_now(mark)
     if build is None:
         return analytic
     try:
@@ -76,7 +76,7 @@ def mark_of(engine: Engine) -> EngineMark:
     return EngineMark(f"llama-server {version}", program, status.st_size, status.st_mtime_ns)
 
 
-def _build_now(mark: EngineMark) -> str | None:
+def build_now(mark: EngineMark) -> str | None:
     """The build of what stands where ``mark`` was taken; None if nothing usable does."""
     try:
         if not mark.program:

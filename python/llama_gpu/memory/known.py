@@ -19,7 +19,7 @@ from llama_gpu import _core
 from llama_gpu._core import Gpu, Header, MemoryEstimate
 from llama_gpu.errors import LlamaGpuError
 from llama_gpu.launch import Engine
-from llama_gpu.memory.best import mark_of
+from llama_gpu.memory.best import build_now, mark_of
 from llama_gpu.memory.case import Case, gpu_kind, model_identity, options_text
 from llama_gpu.memory.record import Record, Taken
 from llama_gpu.memory.store import EngineMark, MemoryStore
@@ -69,6 +69,12 @@ class KnownMemory:
             return None
         self._mark = mark
         return mark
+
+    def use_last_engine(self) -> None:
+        """As :meth:`use_engine`, with the one that the proxy used last, as it stands there now."""
+        mark = self.store.engine()
+        build = None if mark is None else build_now(mark)
+        self._mark = None if build is None else EngineMark(build)
 
     def case(self, load: Load, said: MemoryEstimate, gpus: Sequence[Gpu]) -> Case | None:
         """The key of a load; None while no llama.cpp is known, or where a file cannot be read.
