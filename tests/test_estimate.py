@@ -13,6 +13,7 @@ import pytest
 import llama_gpu as lg
 from llama_gpu.errors import UnsupportedModelError
 from support import ground_truth
+from support.gguf_builder import write_sparse
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -247,3 +248,19 @@ def test_any_option_set_gives_an_estimate_or_names_the_option(tmp_path: Path) ->
                 assert str(error).split()[0] in options  # noqa: PT017
             else:
                 assert len(estimate.devices) == options["devices"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("llama.expert_used_count", 2**31, "at most 1024"),
+        ("llama.block_count", 0, "between 1 and 512"),
+        ("llama.block_count", 513, "between 1 and 512"),
+        ("llama.nextn_predict_layers", 1000, "more than block_count"),
+    ],
+)
+def test_refuses_a_header_that_llama_cpp_refuses(tmp_path: Path, key: str, value: int, reason: str) -> None:
+    path = write_sparse(tmp_path / "odd.gguf", layers=2, metadata={key: value})
+    with pytest.raises(UnsupportedModelError, match=reason) as caught:
+        lg.estimate(path)
+    assert caught.value.architecture == "llama"

@@ -12,6 +12,8 @@ use crate::gguf::Header;
 
 /// llama.cpp's `LLAMA_MAX_LAYERS`.
 const MAX_LAYERS: u32 = 512;
+/// llama.cpp's `LLAMA_MAX_EXPERTS`.
+const MAX_EXPERTS: u32 = 1024;
 
 /// The dimensions of a model, named as in the header.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -198,6 +200,9 @@ impl Hyperparameters {
             kv_heads,
             ..Self::default()
         };
+        if h.expert_count > MAX_EXPERTS || h.experts_used.iter().any(|&used| used > MAX_EXPERTS) {
+            return Err(keys.invalid("expert_count", "must be at most 1024, used ones included"));
+        }
         let first_heads = h.heads.first().copied().unwrap_or(0);
         if let Some(even) = h.embedding_length.checked_div(first_heads) {
             h.key_length = keys.u32("attention.key_length")?.unwrap_or(even);
