@@ -56,7 +56,10 @@ class KnownMemory:
     def read(self, headers: Iterable[Header]) -> int:
         """Read the store, and the headers' bytes once, so that looking up need not; how many records."""
         for record in self.store.records():
-            self._add(record)
+            with self._lock:
+                older = self._records.get(record.case)
+                if older is None or older.at <= record.at:
+                    self._records[record.case] = record
         for header in headers:
             with contextlib.suppress(OSError):  # a file that has gone is told elsewhere
                 model_identity(header)
