@@ -34,6 +34,7 @@ def main() -> None:
         bin_folder = here / "venv" / "bin"
         # No cargo on the path, and nothing of the checkout.
         environment = {"PATH": f"{bin_folder}:/usr/bin:/bin", "HOME": os.environ["HOME"]}
+        environment["XDG_CACHE_HOME"] = str(here / "cache")
         environment |= {key: value for key, value in os.environ.items() if key.startswith(("PIP_", "SSL_"))}
 
         def run(*command: str | Path) -> subprocess.CompletedProcess[str]:

@@ -49,7 +49,7 @@ def machine(models: Path, fake_nvml: FakeNvml, tmp_path: Path) -> Iterator[Machi
     small = lg.estimate(models / "small.gguf", **OPTIONS).devices[0].total_bytes
     large = lg.estimate(models / "large.gguf", **OPTIONS).devices[0]
     cache_and_weights = large.weights_bytes + large.context_bytes
-    tight = small + 40 * MIB
+    tight = small + 56 * MIB
     roomy = large.total_bytes - cache_and_weights // 4
     assert tight < roomy < large.total_bytes, "the models must be small, large and too large"
     fake_nvml.set_gpus([FakeGpu(total_bytes=tight), FakeGpu(total_bytes=roomy)])

@@ -10,6 +10,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
@@ -21,6 +22,10 @@ import httpx2
 
 ADDRESS = re.compile(r"serves \d+ models? at (http://\S+)/v1")
 START_SECONDS = 60.0
+# Also outside pytest, whose fixtures name a file of their own.
+NOT_THE_USER_S = {
+    "LLAMA_GPU_MEMORY_FILE": str(Path(tempfile.gettempdir()) / f"llama-gpu-test-{os.getpid()}.sqlite3")
+}
 
 
 class Proxy:
@@ -160,7 +165,7 @@ def start_process(arguments: Sequence[str], environment: Mapping[str, str]) -> s
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "NO_COLOR": "1", **environment},
+        env={**NOT_THE_USER_S, **os.environ, "NO_COLOR": "1", **environment},
     )
 
 
