@@ -68,9 +68,9 @@ async def serve(config: Config) -> int:
 
 
 def _share_arenas() -> None:
-    """Threads share two heaps: with glibc's one for each, every new one keeps some 4 MB for good."""
+    """Threads share one heap: with glibc's one for each, every new one keeps some 4 MB for good."""
     with contextlib.suppress(OSError, AttributeError):  # another C library has no such thing
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
 def bind(host: str, port: int) -> socket.socket:
