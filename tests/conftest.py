@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,10 @@ from support import accuracy, ground_truth
 from support.fake_nvml import FakeNvml, build
 
 _numbers = itertools.count()
+
+# A shell that starts a job in the background has it ignore Ctrl-C, and so would every program that
+# the tests start: the ones that end by it would wait for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
