@@ -15,7 +15,6 @@ Invariants that the tests hold it to:
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -96,7 +95,8 @@ class Scheduler:
         self._pinned = pinned
         self._idle_limit = idle_limit
         self._residents: dict[str, Resident] = {}
-        self._waiting: OrderedDict[int, tuple[str, float]] = OrderedDict()
+        self._waiting: dict[str, dict[int, float]] = {}
+        self._model_of: dict[int, str] = {}
         self._load_seconds: dict[str, float] = {}
         self._short_since: dict[str, float] = {}
         self._room_made: dict[str, float] = {}
@@ -116,7 +116,8 @@ class Scheduler:
 
     def waiting_count(self, model: str | None = None) -> int:
         """How many requests wait, for one model or for all."""
-        return sum(1 for wanted, _ in self._waiting.values() if model in (None, wanted))
+        queues = self._waiting.values() if model is None else (self._waiting.get(model, {}),)
+        return sum(map(len, queues))
 
     def expected_load_seconds(self, model: str) -> float:
         """The last measured load of this model, else a default; for Retry-After."""
@@ -126,24 +127,37 @@ class Scheduler:
 
     def request_arrived(self, ticket: int, model: str, now: float) -> list[Effect]:
         """A request for a known model; ``ticket`` is any unused number."""
-        if self._ready(model) is None and self.waiting_count(model) >= self.limits.queue_size:
+        if (ready := self._ready(model)) is not None:
+            # Nobody else gains by this: the others need not be thought of.
+            self._model_of[ticket] = model
+            ready.active.add(ticket)
+            return [Admit(ticket, model)]
+        if self.waiting_count(model) >= self.limits.queue_size:
             seconds = self.expected_load_seconds(model)
             message = (
                 f"{self.limits.queue_size} requests already wait for {model!r}; "
                 f"try again in about {seconds:.0f} s"
             )
             return [Refuse(ticket, QueueFullError(message, model=model, retry_after_seconds=seconds))]
-        self._waiting[ticket] = (model, now)
+        self._model_of[ticket] = model
+        self._waiting.setdefault(model, {})[ticket] = now
         return self._advance(now)
 
     def request_ended(self, ticket: int, now: float) -> list[Effect]:
         """The request was answered, failed, or its client went away, waiting or not."""
-        self._waiting.pop(ticket, None)
-        for resident in self._residents.values():
-            if ticket in resident.active:
-                resident.active.discard(ticket)
-                resident.last_used = now
-        return self._advance(now)
+        model = self._model_of.pop(ticket, None)
+        if model is None:
+            return []
+        if ticket in self._waiting.get(model, ()):
+            self._leave_queue(model, ticket)
+            return self._advance(now)
+        resident = self._residents.get(model)
+        if resident is None or ticket not in resident.active:
+            return []
+        resident.active.discard(ticket)
+        resident.last_used = now
+        nobody_gains = resident.active or not (self._waiting or resident.draining)
+        return [] if nobody_gains else self._advance(now)
 
     def server_started(self, model: str, pid: int) -> None:
         """The child process of ``model`` exists; its memory can be told from others'."""
@@ -212,9 +226,12 @@ class Scheduler:
     def memory_changed(self, now: float) -> list[Effect]:
         """A new GPU snapshot is in; also the clock tick for deadlines and idle unloading."""
         effects: list[Effect] = []
-        for ticket, (model, since) in list(self._waiting.items()):
-            if now - since > self.limits.wait_seconds:
-                del self._waiting[ticket]
+        for model, queue in list(self._waiting.items()):
+            for ticket, since in list(queue.items()):
+                if now - since <= self.limits.wait_seconds:
+                    break
+                self._leave_queue(model, ticket)
+                del self._model_of[ticket]
                 effects.append(Refuse(ticket, self._waited_too_long(model, now - since)))
         for resident in list(self._residents.values()):
             limit = self._idle_limit(resident.model) or self.limits.idle_seconds_before_unload
@@ -233,7 +250,7 @@ class Scheduler:
         for resident in list(self._residents.values()):
             if resident.draining:
                 effects += self._stop_if_drained(resident)
-        oldest = dict(reversed(self._waiting.values()))
+        oldest = {model: next(iter(queue.values())) for model, queue in self._waiting.items()}
         # Admit first: a ready model whose requests still wait would look idle to the others.
         for model in oldest:
             if (ready := self._ready(model)) is not None:
@@ -366,17 +383,21 @@ class Scheduler:
         return resident if ready else None
 
     def _admit_all(self, resident: Resident) -> list[Effect]:
-        tickets = [ticket for ticket, (model, _) in self._waiting.items() if model == resident.model]
-        for ticket in tickets:
-            del self._waiting[ticket]
-            resident.active.add(ticket)
+        tickets = self._waiting.pop(resident.model, {})
+        resident.active.update(tickets)
         return [Admit(ticket, resident.model) for ticket in tickets]
 
     def _refuse_all(self, model: str, error: LlamaGpuError) -> list[Effect]:
-        tickets = [ticket for ticket, (wanted, _) in self._waiting.items() if wanted == model]
+        tickets = self._waiting.pop(model, {})
         for ticket in tickets:
-            del self._waiting[ticket]
+            del self._model_of[ticket]
         return [Refuse(ticket, error) for ticket in tickets]
+
+    def _leave_queue(self, model: str, ticket: int) -> None:
+        queue = self._waiting[model]
+        del queue[ticket]
+        if not queue:
+            del self._waiting[model]
 
     def _stop(self, resident: Resident, reason: str, cause: LeavesFor) -> Stop:
         self._drain(resident, reason, cause)
