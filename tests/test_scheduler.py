@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from llama_gpu.budget import Claim
 from llama_gpu.errors import DoesNotFitError, QueueFullError, ServerExitedError
 from llama_gpu.residents import Assignment, ResidentState, ResidentView
-from llama_gpu.scheduler import Admit, Effect, Limits, Refuse, Scheduler, Start, Stop
+from llama_gpu.scheduler import Admit, Effect, Limits, Refuse, Rules, Scheduler, Start, Stop
 
 GPU = "GPU-0"
 
@@ -29,7 +29,7 @@ class OneGpu:
                 break
             if not view.busy and view.bytes_by_gpu:
                 free += view.bytes_by_gpu[GPU]
-                evict.append(view.model)
+                evict.append(view.server)
         if free < self.sizes[model]:
             raise DoesNotFitError(f"{model} does not fit", required_bytes=self.sizes[model])
         return Assignment("single", (GPU,), (0,), {GPU: self.sizes[model]}, evict=tuple(evict))
@@ -65,7 +65,7 @@ def loaded(scheduler: Scheduler, model: str, ticket: int, now: float) -> None:
 def test_many_first_requests_start_one_server_and_all_are_admitted_when_it_is_ready() -> None:
     scheduler = Scheduler(on_cpu)
     effects = [effect for n in range(50) for effect in scheduler.request_arrived(n, "a", 0.0)]
-    assert effects == [Start("a", Assignment("cpu"))]
+    assert effects == [Start("a", Assignment("cpu"), "a")]
     assert admitted(scheduler.server_ready("a", 2.0)) == list(range(50))
     assert admitted(scheduler.request_arrived(50, "a", 3.0)) == [50]
 
@@ -108,23 +108,11 @@ def test_two_newcomers_never_share_the_room_that_one_eviction_makes() -> None:
 
 
 def test_nothing_is_stopped_when_stopping_it_would_not_help() -> None:
-    scheduler = Scheduler(OneGpu(10, {"small": 4, "huge": 11}), Limits(settle_seconds=0))
+    scheduler = Scheduler(OneGpu(10, {"small": 4, "huge": 11}))
     loaded(scheduler, "small", 1, 0.0)
     effects = scheduler.request_arrived(2, "huge", 1.0)
     assert isinstance(refused(effects)[2], DoesNotFitError)
     assert stopped(effects) == []
-
-
-def test_memory_that_comes_back_late_is_waited_for_before_anybody_else_leaves() -> None:
-    placer = OneGpu(10, {"old": 5, "other": 5, "new": 5})
-    scheduler = Scheduler(placer, Limits(settle_seconds=5.0))
-    loaded(scheduler, "old", 1, 0.0)
-    loaded(scheduler, "other", 2, 1.0)
-    assert stopped(scheduler.request_arrived(3, "new", 2.0)) == ["old"]
-    placer.capacity = 5  # the driver still shows the memory of the one that left as used
-    assert scheduler.server_stopped("old", 3.0) == []
-    placer.capacity = 10
-    assert started(scheduler.memory_changed(4.0)) == ["new"]
 
 
 def test_a_starved_request_drains_the_busy_model_but_cuts_nobody_off() -> None:
@@ -183,7 +171,7 @@ def test_requests_that_wait_for_a_model_on_a_lost_gpu_are_placed_anew() -> None:
 
 def test_an_idle_model_leaves_after_its_time_and_a_pinned_one_stays() -> None:
     limits = Limits(idle_seconds_before_unload=60.0)
-    scheduler = Scheduler(on_cpu, limits, pinned=lambda model: model == "pinned")
+    scheduler = Scheduler(on_cpu, limits, rules=lambda model: Rules(pinned=model == "pinned"))
     loaded(scheduler, "pinned", 1, 0.0)
     loaded(scheduler, "plain", 2, 0.0)
     assert scheduler.memory_changed(59.0) == []
@@ -217,7 +205,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        limits = Limits(pool_size=POOL_SIZE, starvation_seconds=20, settle_seconds=2, queue_size=4)
+        limits = Limits(pool_size=POOL_SIZE, starvation_seconds=20, queue_size=4)
         self.scheduler = Scheduler(OneGpu(CAPACITY, MODELS), limits)
         self.now = 0.0
         self.tickets = 0
@@ -229,15 +217,15 @@ class SchedulerMachine(RuleBasedStateMachine):
     def apply(self, effects: Sequence[Effect]) -> None:
         for effect in effects:
             match effect:
-                case Start(model, _):
+                case Start(model, _, _):
                     assert model not in self.loading | self.leaving
                     self.loading.add(model)
-                case Stop(model, _):
+                case Stop(model, _, _, _):
                     assert model not in self.active.values(), "a busy model was stopped"
                     assert model not in self.leaving
                     self.loading.discard(model)
                     self.leaving.add(model)
-                case Admit(ticket, model):
+                case Admit(ticket, model, _):
                     assert self.open.pop(ticket) == model
                     self.active[ticket] = model
                 case Refuse(ticket, _):

@@ -12,7 +12,10 @@ from dataclasses import dataclass, field
 
 from llama_gpu import Gpu
 
-__all__ = ["Claim", "available_gpus", "held_by_ours"]
+__all__ = ["Claim", "available_gpus", "held_by_ours", "is_back"]
+
+BACK_FRACTION = 0.75
+"""What share of a claim must be free again, where the driver tells no processes: claims are estimates."""
 
 
 @dataclass(frozen=True)
@@ -60,3 +63,30 @@ def held_by_ours(gpu: Gpu, claims: Sequence[Claim]) -> int:
             # somebody else's until it settles, which errs on the safe side.
             held += claim.bytes_by_gpu[gpu.uuid]
     return min(held, gpu.used_bytes or 0)
+
+
+def is_back(claim: Claim, before: Sequence[Gpu], now: Sequence[Gpu]) -> bool:
+    """Whether a server that has ended gave its memory back, as far as a driver tells.
+
+    ``before`` is a snapshot from before its end, ``now`` one from after it; ``settled`` says that it
+    was ready and held what it claimed.
+    """
+    earlier = {gpu.uuid: gpu for gpu in before}
+    return all(
+        _is_back_on(gpu, earlier.get(gpu.uuid), claim) for gpu in now if gpu.uuid in claim.bytes_by_gpu
+    )
+
+
+def _is_back_on(gpu: Gpu, before: Gpu | None, claim: Claim) -> bool:
+    if _lists(gpu, claim.pid):
+        return False
+    if before is None or gpu.used_bytes is None or before.used_bytes is None:
+        return True  # there is nothing to compare
+    if _lists(before, claim.pid) or before.processes == () or not claim.settled:
+        return True  # the driver knew it and knows it no more, or never showed what it held
+    gone = round(claim.bytes_by_gpu[gpu.uuid] * BACK_FRACTION)
+    return gpu.used_bytes <= max(0, before.used_bytes - gone)
+
+
+def _lists(gpu: Gpu, pid: int | None) -> bool:
+    return pid is not None and any(process.pid == pid for process in gpu.processes or ())

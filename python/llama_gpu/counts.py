@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
+from llama_gpu.effects import Admit, Effect, Refuse, Start, Stop
 from llama_gpu.errors import LlamaGpuError
 from llama_gpu.openai import error_reply
-from llama_gpu.scheduler import Admit, Effect, Refuse, Start, Stop
 
 __all__ = ["Counts"]
 

@@ -42,9 +42,13 @@ class GpuChange(_Told):
 
 
 class ServerChange(_Told):
-    """The server of a model changed its state. ``time`` in seconds since 1970."""
+    """A server of a model changed its state. ``time`` in seconds since 1970.
+
+    ``server_id`` is the model's id, or ``model#2`` and so on for further servers of it.
+    """
 
     kind: Literal["server"] = "server"
+    server_id: str
     model_id: str
     state: ServerState
     previous: ServerState | None
@@ -129,12 +133,12 @@ class StateChanges:
         self._listeners: set[Listener] = set()
         self._closed = False
 
-    def server_failed(self, model: str, reason: str) -> None:
-        """The server of ``model`` is about to vanish by a failure, not because it was stopped."""
-        self._failures[model] = reason
+    def server_failed(self, server: str, reason: str) -> None:
+        """``server`` is about to vanish by a failure, not because it was stopped."""
+        self._failures[server] = reason
 
     def compare(self, gpus: Sequence[Gpu], residents: Mapping[str, Resident], time: float) -> None:
-        """Tell what differs from the last call. ``time`` is in seconds since 1970."""
+        """Tell what differs from the last call: residents by server id, time in seconds since 1970."""
         changes: list[Change] = [
             *self._gpu_changes(gpus, residents, time),
             *self._server_changes(residents, time),
@@ -188,25 +192,26 @@ class StateChanges:
             yield gone.model_copy(update=changed)
 
     def _server_changes(self, residents: Mapping[str, Resident], time: float) -> Iterator[Change]:
-        for model, (resident, last) in list(self._servers.items()):
-            if residents.get(model) is not resident:
-                del self._servers[model]
-                failure = self._failures.pop(model, None)
+        for server, (resident, last) in list(self._servers.items()):
+            if residents.get(server) is not resident:
+                del self._servers[server]
+                failure = self._failures.pop(server, None)
                 state = "stopped" if failure is None else "error"
                 yield last.model_copy(
                     update={"state": state, "previous": last.state, "reason": failure, "time": time}
                 )
-        for model, resident in residents.items():
-            now, before = server_state(resident), self._servers.get(model)
+        for server, resident in residents.items():
+            now, before = server_state(resident), self._servers.get(server)
             if now is None or (before is not None and before[1].state == now):
                 continue
             change = ServerChange(
-                model_id=model,
+                server_id=server,
+                model_id=resident.model,
                 state=now,
                 previous=before[1].state if before else None,
                 gpu_ids=list(resident.assignment.gpu_indices),
                 reason=resident.leaves_because or resident.assignment.reason or None,
                 time=time,
             )
-            self._servers[model] = (resident, change)
+            self._servers[server] = (resident, change)
             yield change

@@ -53,32 +53,45 @@ class Placing:
     ) -> Assignment:
         """Decide for ``model``.
 
+        Where it is resident already, the answer is for one more of it: all of it on GPUs that it does not
+        use yet, or nowhere.
+
         Raises:
             DoesNotFitError: it fits nowhere that its policy allows.
             LlamaGpuError: its file cannot be used.
         """
+        beside = [resident for resident in residents if resident.model == model]
         if self.on_cpu:
+            if beside:
+                raise DoesNotFitError(f"one more server of {model} needs a GPU of its own: there is none")
             why = self.snapshot.error or "there is no GPU"
             if not self._config.gpu.serves_without_gpu:
                 raise DoesNotFitError(f"{model} may not run on the CPU (gpu.cpu_fallback: false): {why}")
             return Assignment("cpu", reason="on the CPU")
         entry = self._entry(model)
-        gpus = available_gpus(self._allowed_gpus(), (*claims, *self._more_claims()))
-        running = [self._running(resident) for resident in residents]
+        taken = {uuid for resident in beside for uuid in resident.bytes_by_gpu}
+        gpus = [
+            gpu
+            for gpu in available_gpus(self._allowed_gpus(), (*claims, *self._more_claims()))
+            if gpu.uuid not in taken
+        ]
+        running = [resident.as_running() for resident in residents]
         try:
-            return self._place(entry, gpus, running)
+            return self._place(entry, gpus, running, whole=bool(beside))
         except LlamaGpuError:
             raise
         except Exception as error:  # a fault of ours must fail this model, not the scheduler
             raise ServerError(f"placing {model!r} failed: {error!r}", model=model) from error
 
-    def _place(self, entry: ModelEntry, gpus: Sequence[Gpu], running: Sequence[Running]) -> Assignment:
+    def _place(
+        self, entry: ModelEntry, gpus: Sequence[Gpu], running: Sequence[Running], *, whole: bool = False
+    ) -> Assignment:
         """Place by the estimate, kept as far from the edge as the load is known to exceed it.
 
         ``place`` reckons with the analytic estimate. What is known to be taken beyond it on any device
         is left free there as headroom, and what is known to be taken less is given up of the headroom;
         then the claim is what is known of exactly this layout. Where that exceeds what was
-        left, the same is done again with more.
+        left, the same is done again with more. ``whole``: on GPUs alone, whatever its policy allows.
         """
         headroom = int(self._config.gpu.headroom_bytes)
         load = load_of(entry) if entry.header and self._known else None
@@ -89,7 +102,7 @@ class Placing:
             placement = place(
                 entry.header or entry.path,
                 gpus,
-                policy=self._policy(entry, headroom + excess),
+                policy=self._policy(entry, headroom + excess, whole=whole),
                 running=running,
                 mmproj=entry.mmproj,
                 draft=entry.options.draft,
@@ -126,27 +139,16 @@ class Placing:
             if allowed is None or gpu.uuid in allowed or gpu.index in allowed
         ]
 
-    def _policy(self, entry: ModelEntry, headroom_bytes: int) -> Policy:
+    def _policy(self, entry: ModelEntry, headroom_bytes: int, *, whole: bool) -> Policy:
         options = entry.options
         return Policy(
             strategy=self._config.gpu.strategy,
             headroom_bytes=headroom_bytes,
             max_gpus=options.max_gpus,
             allowed=options.gpus,
-            cpu=options.cpu or "never",
-            partial=options.partial,
-        )
-
-    def _running(self, resident: ResidentView) -> Running:
-        options = self._entry(resident.model).options
-        return Running(
-            resident.model,
-            bytes_by_gpu=dict(resident.bytes_by_gpu),
-            busy=resident.busy,
-            pinned=options.pinned,
-            idle_seconds=resident.idle_seconds,
+            cpu="never" if whole else options.cpu or "never",
+            partial=options.partial and not whole,
             priority=options.priority,
-            reload_seconds=resident.reload_seconds,
         )
 
 

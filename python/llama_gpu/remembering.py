@@ -90,6 +90,10 @@ class Remembering:
         """Processes of ours that are no servers: what they hold counts as free."""
         return self._projecting.claims if self._projecting else ()
 
+    def load_seconds(self, entry: ModelEntry) -> float | None:
+        """What the last load of this model took, in this process or an earlier one."""
+        return self.known.load_seconds(entry.header) if entry.header else None
+
     def loaded(
         self,
         entry: ModelEntry,
@@ -98,13 +102,17 @@ class Remembering:
         buffers: LoadedBuffers,
         *,
         pid: int | None,
+        seconds: float,
         build: str | None,
     ) -> None:
-        """A server became ready.
+        """A server became ready, after ``seconds``.
 
         ``gpus`` is a snapshot of that time, ``pid`` the server as the driver knows it, None where it does
         not, and ``build`` the llama.cpp that it was started with.
         """
+        if entry.header is not None:
+            work = _in_thread(self.known.remember_load_seconds, entry.header, seconds)
+            self._spawn(work, f"remembering how long {entry.id} took")
         taken = taken_by_load(gpus, pid, assignment.gpu_uuids, buffers, logged_in_full=entry.mmproj is None)
         by_uuid = {gpu.uuid: gpu for gpu in gpus}
         used = [by_uuid[uuid] for uuid in assignment.gpu_uuids if uuid in by_uuid]

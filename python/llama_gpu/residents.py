@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
-from llama_gpu import MemoryEstimate
+from llama_gpu import MemoryEstimate, Running
 from llama_gpu.budget import Claim
 
-__all__ = ["Assignment", "LeavesFor", "Placer", "Resident", "ResidentState", "ResidentView"]
+__all__ = [
+    "Assignment",
+    "LeavesFor",
+    "Placer",
+    "Resident",
+    "ResidentState",
+    "ResidentView",
+    "model_state",
+]
 
 
 @dataclass(frozen=True)
@@ -18,6 +26,7 @@ class Assignment:
     """Where a model goes. ``bytes_by_gpu`` and the per-device tuples are empty on the CPU.
 
     ``bytes_by_gpu`` is the best that is known, ``estimate`` what was reckoned without that knowledge.
+    ``evict`` has the servers that must leave first.
     """
 
     mode: str
@@ -34,13 +43,29 @@ class Assignment:
 
 @dataclass(frozen=True)
 class ResidentView:
-    """What a placer may know of a resident model."""
+    """What a placer may know of a server: ``busy`` ones must not leave for the newcomer.
 
+    ``priority`` is that of its model, or less where it does not protect it from this newcomer.
+    """
+
+    server: str
     model: str
     bytes_by_gpu: Mapping[str, int]
     busy: bool
     idle_seconds: float
     reload_seconds: float | None
+    priority: int = 0
+
+    def as_running(self) -> Running:
+        """The same as ``lg.place`` wants it; ``eviction_cost`` says what losing it costs."""
+        return Running(
+            self.server,
+            bytes_by_gpu=dict(self.bytes_by_gpu),
+            busy=self.busy,
+            idle_seconds=self.idle_seconds,
+            priority=self.priority,
+            reload_seconds=self.reload_seconds,
+        )
 
 
 class Placer(Protocol):
@@ -49,7 +74,10 @@ class Placer(Protocol):
     def __call__(
         self, model: str, residents: Sequence[ResidentView], claims: Sequence[Claim], /
     ) -> Assignment:
-        """Where ``model`` goes and who leaves for it; raises ``LlamaGpuError`` where it cannot."""
+        """Where ``model`` goes and who leaves for it; raises ``LlamaGpuError`` where it cannot.
+
+        Where ``residents`` has servers of the same model, it is another of them, on GPUs of its own.
+        """
         ...
 
 
@@ -60,6 +88,18 @@ class ResidentState(StrEnum):
     LOADING = "loading"
     READY = "ready"
     STOPPING = "stopping"
+
+
+def model_state(servers: Iterable[Resident]) -> str:
+    """The state of a model: that of its furthest server, ``"unloaded"`` where it has none."""
+    furthest = (
+        ResidentState.READY,
+        ResidentState.LOADING,
+        ResidentState.MAKING_ROOM,
+        ResidentState.STOPPING,
+    )
+    states = {server.state for server in servers}
+    return next((state.value for state in furthest if state in states), "unloaded")
 
 
 class LeavesFor(StrEnum):
@@ -74,13 +114,15 @@ class LeavesFor(StrEnum):
 
 @dataclass
 class Resident:
-    """One model that holds, or is promised, memory."""
+    """One server that holds, or is promised, memory. ``server`` is its id: by default the model's."""
 
     model: str
     state: ResidentState
     assignment: Assignment
     since: float
+    server: str = ""
     pid: int | None = None
+    ready_at: float | None = None
     active: set[int] = field(default_factory=set)
     last_used: float = 0.0
     draining: bool = False
@@ -88,6 +130,14 @@ class Resident:
     leaves_for: LeavesFor = LeavesFor.ASKED
     waits_for: set[str] = field(default_factory=set)
     measured_by_gpu: Mapping[str, int] | None = None
+
+    def __post_init__(self) -> None:  # noqa: D105
+        self.server = self.server or self.model
+
+    @property
+    def leaving(self) -> bool:
+        """Whether it takes no more requests."""
+        return self.draining or self.state is ResidentState.STOPPING
 
     @property
     def bytes_by_gpu(self) -> Mapping[str, int]:

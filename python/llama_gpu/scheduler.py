@@ -2,110 +2,71 @@
 
 Events go in as method calls that carry the time, effects come out as values. There is no
 clock, no log, no I/O and no asyncio here; the supervisor does what the effects say and
-reports back. One resident per model: ``LOADING -> READY -> STOPPING``, or ``MAKING_ROOM``
-first while the models that it replaces leave.
+reports back. A server's life is ``LOADING -> READY -> STOPPING``, or ``MAKING_ROOM`` first
+while those that it replaces leave.
 
 Invariants that the tests hold it to:
 
-* a resident that serves a request is never stopped to make room;
-* a claim is counted from the decision until the server is gone;
-* every ticket ends in exactly one ``Admit`` or ``Refuse``, unless its request ends first;
-* nothing is stopped when stopping it would not help.
+* no GPU is promised beyond what it has: a claim is counted from the decision until the memory is back;
+* a server that answers a request is never stopped to make room, nor one before its minimum residency;
+* nobody is asked to leave when that would not help;
+* every ticket ends in exactly one ``Admit`` or ``Refuse``, unless its request ends first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
+from llama_gpu.affinity import Affinity
 from llama_gpu.budget import Claim
+from llama_gpu.effects import Admit, Effect, Refuse, Start, Stop
 from llama_gpu.errors import DoesNotFitError, LlamaGpuError, QueueFullError, ServerError
-from llama_gpu.residents import Assignment, LeavesFor, Placer, Resident, ResidentState, ResidentView
+from llama_gpu.leaving import Leavers, choose_victims
+from llama_gpu.load_times import LoadTimes
+from llama_gpu.replicas import free_id, in_service, wants_another
+from llama_gpu.residents import Assignment, LeavesFor, Placer, Resident, ResidentState
+from llama_gpu.rules import Limits, Rules
+from llama_gpu.waiting import Request, Waiting
 
-__all__ = ["Admit", "Effect", "Limits", "Refuse", "Scheduler", "Start", "Stop"]
+__all__ = ["Admit", "Effect", "Limits", "Refuse", "Rules", "Scheduler", "Start", "Stop"]
 
-DEFAULT_LOAD_SECONDS = 10.0
-"""What a load is taken to last before one was measured; only Retry-After depends on it."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """``pool_size``: residents at most (None: memory alone decides). Times in seconds."""
-
-    pool_size: int | None = None
-    queue_size: int = 256
-    idle_seconds_before_unload: float | None = None
-    starvation_seconds: float = 30.0
-    settle_seconds: float = 5.0
-    wait_seconds: float = 600.0
-
-
-@dataclass(frozen=True)
-class Start:
-    """Start a server for ``model`` as assigned; answer ``server_ready`` or ``server_failed``."""
-
-    model: str
-    assignment: Assignment
-
-
-@dataclass(frozen=True)
-class Stop:
-    """Stop the server of ``model``; answer ``server_stopped`` once its memory is back.
-
-    ``reason`` is a sentence. A server whose GPU is lost cannot end in good order: it is killed.
-    """
-
-    model: str
-    reason: str
-    cause: LeavesFor = LeavesFor.ASKED
-
-
-@dataclass(frozen=True)
-class Admit:
-    """The request behind ``ticket`` may go to the server of ``model`` now."""
-
-    ticket: int
-    model: str
-
-
-@dataclass(frozen=True)
-class Refuse:
-    """The request behind ``ticket`` ends with ``error``."""
-
-    ticket: int
-    error: LlamaGpuError
-
-
-Effect = Start | Stop | Admit | Refuse
+REPLICA_RETRY_SECONDS = 60.0
+"""How long no further server of a model is tried after one did not start."""
 
 
 class Scheduler:
-    """The state machine. Every public method returns the effects to carry out, in order."""
+    """The state machine. Every public method returns the effects to carry out, in order.
+
+    ``rules`` says what holds for a model. A server is named by its id: its model's, or ``model#2`` and
+    so on for further ones.
+    """
 
     def __init__(
         self,
         placer: Placer,
         limits: Limits | None = None,
         *,
-        pinned: Callable[[str], bool] = lambda _model: False,
-        idle_limit: Callable[[str], float | None] = lambda _model: None,
+        rules: Callable[[str], Rules] = lambda _model: Rules(),
     ) -> None:
         self._placer = placer
         self.limits = limits or Limits()
-        self._pinned = pinned
-        self._idle_limit = idle_limit
+        self._rules = rules
         self._residents: dict[str, Resident] = {}
-        self._waiting: dict[str, dict[int, float]] = {}
-        self._model_of: dict[int, str] = {}
-        self._load_seconds: dict[str, float] = {}
-        self._short_since: dict[str, float] = {}
-        self._room_made: dict[str, float] = {}
+        self._waiting = Waiting()
+        self._affinity = Affinity()
+        self._served_by: dict[int, str] = {}
+        self._load_times = LoadTimes(rules)
+        self._no_replica_before: dict[str, float] = {}
+        # Asking anew is of use only when something has changed since the last time.
+        self._changes = 0
+        self._asked_at: dict[str, int] = {}
 
     # -- what others may look at -------------------------------------------------------------
 
     @property
     def residents(self) -> Mapping[str, Resident]:
-        """Residents by model id, for display and for the placer's claims."""
+        """Servers by their ids, for display and for the placer's claims."""
         return self._residents
 
     @property
@@ -114,97 +75,106 @@ class Scheduler:
         begun = (ResidentState.MAKING_ROOM, ResidentState.LOADING)
         return any(resident.state in begun for resident in self._residents.values())
 
+    def servers_of(self, model: str) -> list[Resident]:
+        """Every server of ``model``, whatever its state, the oldest first."""
+        return [resident for resident in self._residents.values() if resident.model == model]
+
     def waiting_count(self, model: str | None = None) -> int:
         """How many requests wait, for one model or for all."""
-        queues = self._waiting.values() if model is None else (self._waiting.get(model, {}),)
-        return sum(map(len, queues))
+        return self._waiting.count(model)
 
     def expected_load_seconds(self, model: str) -> float:
-        """The last measured load of this model, else a default; for Retry-After."""
-        return self._load_seconds.get(model, DEFAULT_LOAD_SECONDS)
+        """The last measured load of this model, here or in an earlier process, else a default."""
+        return self._load_times.expected(model)
+
+    def retry_after_seconds(self, model: str, now: float) -> float:
+        """When a request for ``model`` that is turned away now had better come again."""
+        return self._load_times.until_ready(model, self._residents.values(), self._order(now), now)
 
     # -- events ------------------------------------------------------------------------------
 
-    def request_arrived(self, ticket: int, model: str, now: float) -> list[Effect]:
-        """A request for a known model; ``ticket`` is any unused number."""
-        if (ready := self._ready(model)) is not None:
-            # Nobody else gains by this: the others need not be thought of.
-            self._model_of[ticket] = model
-            ready.active.add(ticket)
-            return [Admit(ticket, model)]
-        if self.waiting_count(model) >= self.limits.queue_size:
-            seconds = self.expected_load_seconds(model)
+    def request_arrived(
+        self, ticket: int, model: str, now: float, *, conversation: str | None = None
+    ) -> list[Effect]:
+        """A request for a known model; ``ticket`` is any unused number.
+
+        Requests of one ``conversation`` go to the same of several servers, where none is clearly less
+        loaded.
+        """
+        if self._waiting.count(model) >= self.limits.queue_size:
+            seconds = self.retry_after_seconds(model, now)
             message = (
                 f"{self.limits.queue_size} requests already wait for {model!r}; "
                 f"try again in about {seconds:.0f} s"
             )
             return [Refuse(ticket, QueueFullError(message, model=model, retry_after_seconds=seconds))]
-        self._model_of[ticket] = model
-        self._waiting.setdefault(model, {})[ticket] = now
-        return self._advance(now)
+        self._waiting.add(Request(ticket, model, now, conversation))
+        # Nobody else gains by a request that goes straight to a server: the others need not be thought of.
+        return self._admit(model) or self._advance(now)
 
     def request_ended(self, ticket: int, now: float) -> list[Effect]:
         """The request was answered, failed, or its client went away, waiting or not."""
-        model = self._model_of.pop(ticket, None)
-        if model is None:
-            return []
-        if ticket in self._waiting.get(model, ()):
-            self._leave_queue(model, ticket)
+        if self._waiting.remove(ticket):
             return self._advance(now)
-        resident = self._residents.get(model)
+        resident = self._residents.get(self._served_by.pop(ticket, ""))
         if resident is None or ticket not in resident.active:
             return []
         resident.active.discard(ticket)
         resident.last_used = now
-        nobody_gains = resident.active or not (self._waiting or resident.draining)
-        return [] if nobody_gains else self._advance(now)
+        self._changes += not resident.active
+        idle_matters = not resident.active and (resident.draining or self._waiting.count())
+        return self._advance(now) if idle_matters or self._waiting.count(resident.model) else []
 
-    def server_started(self, model: str, pid: int) -> None:
-        """The child process of ``model`` exists; its memory can be told from others'."""
-        if resident := self._residents.get(model):
+    def server_started(self, server: str, pid: int) -> None:
+        """The child process of ``server`` exists; its memory can be told from others'."""
+        if resident := self._residents.get(server):
             resident.pid = pid
 
     def server_ready(
-        self, model: str, now: float, *, measured_by_gpu: Mapping[str, int] | None = None
+        self, server: str, now: float, *, measured_by_gpu: Mapping[str, int] | None = None
     ) -> list[Effect]:
         """The server answers; ``measured_by_gpu`` (bytes) replaces its estimate where known."""
-        resident = self._residents.get(model)
+        resident = self._residents.get(server)
         if resident is None or resident.state is not ResidentState.LOADING:
             return []
-        resident.state = ResidentState.READY
+        self._become(resident, ResidentState.READY)
         resident.measured_by_gpu = measured_by_gpu
-        resident.last_used = now
-        self._load_seconds[model] = max(now - resident.since, 0.001)
+        resident.ready_at = resident.last_used = now
+        self._load_times.took(resident.model, now - resident.since)
         return self._advance(now)
 
-    def server_failed(self, model: str, error: LlamaGpuError, now: float) -> list[Effect]:
-        """The server never became ready and is gone: its requests end with ``error``."""
-        self._forget(model)
-        return [*self._refuse_all(model, error), *self._advance(now)]
+    def server_failed(self, server: str, error: LlamaGpuError, now: float) -> list[Effect]:
+        """The server never became ready and is gone: who has no other one to wait for ends with ``error``."""
+        failed = self._forget(server)
+        if failed is None:
+            return self._advance(now)
+        if self._in_service(failed.model):
+            self._no_replica_before[failed.model] = now + REPLICA_RETRY_SECONDS
+            return self._advance(now)
+        return [*self._refuse_all(failed.model, error), *self._advance(now)]
 
-    def server_exited(self, model: str, now: float, *, reason: str = "it ended by itself") -> list[Effect]:
+    def server_exited(self, server: str, now: float, *, reason: str = "it ended by itself") -> list[Effect]:
         """A ready server ended by itself: nobody is sent there any more.
 
-        Report ``server_stopped`` once a snapshot is in that is newer than its end; requests that
-        come until then wait, and get a fresh server.
+        Report ``server_stopped`` once its memory is back; requests that come until then wait, and get
+        a fresh server.
         """
-        resident = self._residents.get(model)
+        resident = self._residents.get(server)
         if resident is not None and resident.state is ResidentState.READY:
             self._stop(resident, reason, LeavesFor.ENDED)  # there is nothing left to stop
         return self._advance(now)
 
-    def server_stopped(self, model: str, now: float) -> list[Effect]:
-        """A server is gone and the snapshot that the placer sees is newer than its end."""
-        self._forget(model)
+    def server_stopped(self, server: str, now: float) -> list[Effect]:
+        """A server is gone, and its memory is back or will not come back: its claim ends."""
+        self._forget(server)
         return self._advance(now)
 
     def unload(self, model: str, now: float, *, reason: str = "asked to") -> list[Effect]:
-        """Stop ``model`` as soon as it serves nobody; requests that wait reload it after."""
-        resident = self._residents.get(model)
-        if resident is None or resident.state is not ResidentState.READY:
-            return []
-        self._drain(resident, reason, LeavesFor.ASKED)
-        return self._stop_if_drained(resident) + self._advance(now)
+        """Stop the servers of ``model`` as soon as they serve nobody; requests that wait reload it after."""
+        for resident in self.servers_of(model):
+            if resident.state is ResidentState.READY:
+                self._drain(resident, reason, LeavesFor.ASKED)
+        return self._advance(now)
 
     def gpu_lost(self, uuids: Iterable[str], now: float, *, reason: str) -> list[Effect]:
         """These GPUs no longer answer: the servers on them end, whatever they are doing."""
@@ -216,210 +186,230 @@ class Scheduler:
             if resident.state in (ResidentState.LOADING, ResidentState.READY):
                 effects.append(self._stop(resident, reason, LeavesFor.GPU_LOST))
             elif resident.state is ResidentState.MAKING_ROOM:
-                self._forget(resident.model)
+                self._take_back(resident)
         return effects + self._advance(now)
 
     def set_pool_size(self, size: int | None) -> None:
-        """How many residents there may be; takes effect with the next decision."""
+        """How many servers there may be; takes effect with the next decision."""
         self.limits = replace(self.limits, pool_size=size)
 
     def memory_changed(self, now: float) -> list[Effect]:
-        """A new GPU snapshot is in; also the clock tick for deadlines and idle unloading."""
+        """A new GPU snapshot is in; also the clock tick for deadlines, idle unloading and replicas."""
+        self._changes += 1
         effects: list[Effect] = []
-        for model, queue in list(self._waiting.items()):
-            for ticket, since in list(queue.items()):
-                if now - since <= self.limits.wait_seconds:
-                    break
-                self._leave_queue(model, ticket)
-                del self._model_of[ticket]
-                effects.append(Refuse(ticket, self._waited_too_long(model, now - since)))
+        for request in list(self._waiting.waiting_since(now - self.limits.wait_seconds)):
+            self._waiting.remove(request.ticket)
+            effects.append(Refuse(request.ticket, _waited_too_long(request, now)))
+        leavers = self._leavers(now)
         for resident in list(self._residents.values()):
-            limit = self._idle_limit(resident.model) or self.limits.idle_seconds_before_unload
-            if limit is None or not self._idle(resident) or self._pinned(resident.model):
-                continue
-            if now - resident.last_used >= limit:
-                reason = f"idle for {now - resident.last_used:.0f} s"
-                effects.append(self._stop(resident, reason, LeavesFor.IDLE))
-        return effects + self._advance(now)
+            limit = self._rules(resident.model).idle_seconds_before_unload
+            limit = limit or self.limits.idle_seconds_before_unload
+            idle = now - resident.last_used
+            if (
+                limit is not None
+                and idle >= limit
+                and leavers.idle(resident)
+                and not leavers.pinned(resident)
+            ):
+                effects.append(self._stop(resident, f"idle for {idle:.0f} s", LeavesFor.IDLE))
+        return effects + self._advance(now) + self._add_replicas(now)
 
     # -- decisions ---------------------------------------------------------------------------
 
     def _advance(self, now: float) -> list[Effect]:
-        """Serve every model that has requests waiting, the longest waiting first."""
+        """Admit who can be, then bring in every model that is waited for, the most urgent first."""
+        for promise in list(self._residents.values()):
+            if promise.state is ResidentState.MAKING_ROOM and not self._waiting.count(promise.model):
+                self._take_back(promise)
         effects: list[Effect] = []
-        for resident in list(self._residents.values()):
-            if resident.draining:
-                effects += self._stop_if_drained(resident)
-        oldest = {model: next(iter(queue.values())) for model, queue in self._waiting.items()}
         # Admit first: a ready model whose requests still wait would look idle to the others.
-        for model in oldest:
-            if (ready := self._ready(model)) is not None:
-                effects += self._admit_all(ready)
-        for model, since in sorted(oldest.items(), key=lambda item: item[1]):
-            effects += self._bring_in(model, since, now)
-        self._forget_unwanted(oldest.keys())
+        for model in self._waiting.since():
+            effects += self._admit(model)
+        effects += self._ask_to_leave(now)
+        for model in self._order(now):
+            effects += self._bring_in(model, now)
         return effects
 
-    def _bring_in(self, model: str, since: float, now: float) -> list[Effect]:
+    def _order(self, now: float) -> list[str]:
+        """Models that are waited for: the starved by age, then the others by priority and age."""
+
+        def urgency(item: tuple[str, float]) -> tuple[bool, int, float]:
+            model, since = item
+            starved = self._starved(since, now)
+            return (not starved, 0 if starved else -self._rules(model).priority, since)
+
+        return [model for model, _ in sorted(self._waiting.since().items(), key=urgency)]
+
+    def _starved(self, since: float, now: float) -> bool:
+        return now - since > self.limits.starvation_seconds
+
+    def _bring_in(self, model: str, now: float) -> list[Effect]:
         """Take the next step towards a server for ``model``, if there is one to take now."""
-        resident = self._residents.get(model)
-        if resident is not None:
+        if self._asked_at.get(model) == self._changes or self._in_service(model):
+            return []
+        for resident in self.servers_of(model):
             if resident.state is not ResidentState.MAKING_ROOM or resident.waits_for:
                 return []
-            self._forget(model)
-            if resident.bytes_by_gpu:
-                self._room_made[model] = now
-        if self._pool_has_room():
-            return self._place(model, since, now)
-        victims = self._oldest_idle()
-        if not victims and now - since > self.limits.starvation_seconds:
-            victims = self._oldest_busy()
-        if not victims:
-            return []
-        return self._make_room(model, Assignment("pool", evict=tuple(victims)), now)
+            self._forget(resident.server)
+        effects = self._place(model, now)
+        if not effects and not self.servers_of(model):
+            self._asked_at[model] = self._changes
+        return effects
 
-    def _forget_unwanted(self, wanted: Collection[str]) -> None:
-        """Drop promises and times of models whose requests have all gone away."""
-        for model, resident in list(self._residents.items()):
-            if resident.state is ResidentState.MAKING_ROOM and model not in wanted:
-                self._forget(model)
-        for times in (self._short_since, self._room_made):
-            for model in times.keys() - set(wanted):
-                del times[model]
-
-    def _place(self, model: str, since: float, now: float) -> list[Effect]:
-        try:
-            assignment = self._placer(model, self._views(now), self._claims())
-        except DoesNotFitError as error:
-            return self._when_it_does_not_fit(model, since, now, error)
-        except LlamaGpuError as error:
-            return self._refuse_all(model, error)
-        self._short_since.pop(model, None)
-        if not assignment.evict:
-            self._room_made.pop(model, None)
-            self._residents[model] = Resident(model, ResidentState.LOADING, assignment, now, last_used=now)
-            return [Start(model, assignment)]
-        if now - self._room_made.get(model, float("-inf")) < self.limits.settle_seconds:
-            return []  # others left for it already and their memory is on its way back
-        return self._make_room(model, assignment, now)
-
-    def _when_it_does_not_fit(
-        self, model: str, since: float, now: float, error: DoesNotFitError
-    ) -> list[Effect]:
-        """Wait where waiting can help, drain the busy when it has lasted too long, else refuse."""
-        short_since = self._short_since.setdefault(model, now)
-        try:
-            possible = self._placer(model, self._views(now, all_would_leave=True), self._claims())
-        except LlamaGpuError:
-            if now - short_since < self._settling_seconds():
-                return []
-            self._short_since.pop(model, None)
-            return self._refuse_all(model, error)
-        starved = now - since > self.limits.starvation_seconds
-        if starved and possible.evict and all(self._can_drain(name) for name in possible.evict):
-            return self._make_room(model, possible, now)
+    def _place(self, model: str, now: float) -> list[Effect]:
+        """Start it, promise it the room that others must leave first, refuse it, or let it wait."""
+        leavers = self._leavers(now)
+        starved = self._starved(self._waiting.since()[model], now)
+        refusal: DoesNotFitError | None = None
+        for may_leave in leavers.rounds(starved=starved):
+            views = leavers.views(model, may_leave, starved=starved)
+            try:
+                assignment = self._placer(model, views, self._claims())
+                victims = choose_victims(self.limits.pool_size, leavers, views, assignment.evict)
+            except DoesNotFitError as error:
+                refusal = refusal or error
+                continue
+            except LlamaGpuError as error:
+                return self._refuse_all(model, error)
+            if victims:
+                return self._make_room(model, replace(assignment, evict=victims), now)
+            if victims is not None:
+                return [self._start(model, assignment, now)]
+        if refusal is not None and not self._could_ever(model, leavers):
+            return self._refuse_all(model, refusal)
         return []
 
-    def _can_drain(self, model: str) -> bool:
-        resident = self._residents[model]
-        return resident.state is ResidentState.READY and not resident.draining
+    def _could_ever(self, model: str, leavers: Leavers) -> bool:
+        """Whether waiting can help: it would go in if all left that are not pinned."""
+        views = leavers.views(model, lambda resident: not leavers.pinned(resident), starved=True)
+        try:
+            self._placer(model, views, self._claims())
+        except LlamaGpuError:
+            return False
+        return True
 
-    def _settling_seconds(self) -> float:
-        """A driver gives memory back late: before anything ever left there is nothing to wait for."""
-        return self.limits.settle_seconds if self._load_seconds else 0.0
+    def _start(self, model: str, assignment: Assignment, now: float) -> Start:
+        server = free_id(model, self._residents)
+        resident = Resident(model, ResidentState.LOADING, assignment, now, server, last_used=now)
+        self._residents[server] = resident
+        self._changes += 1
+        return Start(model, assignment, server)
 
     def _make_room(self, model: str, assignment: Assignment, now: float) -> list[Effect]:
         """Promise the room to ``model``, then ask the victims to leave."""
-        effects: list[Effect] = []
-        self._residents[model] = Resident(
-            model, ResidentState.MAKING_ROOM, assignment, since=now, waits_for=set(assignment.evict)
+        server = free_id(model, self._residents)
+        self._residents[server] = Resident(
+            model, ResidentState.MAKING_ROOM, assignment, now, server, waits_for=set(assignment.evict)
         )
-        for name in assignment.evict:
-            victim = self._residents[name]
-            self._drain(victim, f"makes room for {model}", LeavesFor.ROOM)
-            effects += self._stop_if_drained(victim)
-        return effects
+        self._changes += 1
+        return self._ask_to_leave(now)
 
-    def _pool_has_room(self) -> bool:
-        return self.limits.pool_size is None or len(self._residents) < self.limits.pool_size
-
-    def _oldest_idle(self) -> list[str]:
-        idle = [r for r in self._residents.values() if self._idle(r) and not self._pinned(r.model)]
-        idle.sort(key=lambda r: r.last_used)
-        return [r.model for r in idle[:1]]
-
-    def _oldest_busy(self) -> list[str]:
-        """The busy model to drain, unless somebody is on the way out already."""
-        ready = [r for r in self._residents.values() if r.state is ResidentState.READY]
-        if any(r.draining for r in ready) or len(ready) < len(self._residents):
-            return []
-        candidates = [r for r in ready if not self._pinned(r.model)]
-        return [min(candidates, key=lambda r: r.last_used).model] if candidates else []
-
-    def _idle(self, resident: Resident) -> bool:
-        return resident.state is ResidentState.READY and not resident.active and not resident.draining
-
-    def _views(self, now: float, *, all_would_leave: bool = False) -> list[ResidentView]:
-        """Who could leave now; with ``all_would_leave``, who could ever leave."""
+    def _ask_to_leave(self, now: float) -> list[Effect]:
+        """Drain whom a promise waits for, once that may be; stop who is drained."""
+        promises = [resident for resident in self._residents.values() if resident.waits_for]
+        leavers = self._leavers(now) if promises else None
+        for promise in promises:
+            for victim in map(self._residents.__getitem__, promise.waits_for):
+                if leavers and not victim.leaving and leavers.stayed(victim):
+                    self._drain(victim, f"makes room for {promise.model}", LeavesFor.ROOM)
         return [
-            ResidentView(
-                r.model,
-                r.bytes_by_gpu,
-                busy=self._pinned(r.model) or not (all_would_leave or self._idle(r)),
-                idle_seconds=max(0.0, now - r.last_used),
-                reload_seconds=self._load_seconds.get(r.model),
-            )
-            for r in self._residents.values()
+            self._stop(resident, resident.leaves_because, resident.leaves_for)
+            for resident in self._residents.values()
+            if resident.draining and resident.state is ResidentState.READY and not resident.active
         ]
 
-    def _claims(self) -> list[Claim]:
-        return [resident.claim for resident in self._residents.values()]
+    def _take_back(self, promise: Resident) -> None:
+        """Nobody needs leave for ``promise`` any more."""
+        self._forget(promise.server)
+        awaited = {server for resident in self._residents.values() for server in resident.waits_for}
+        for victim in map(self._residents.__getitem__, promise.waits_for - awaited):
+            if victim.state is ResidentState.READY and victim.leaves_for is LeavesFor.ROOM:
+                victim.draining, victim.leaves_because = False, ""
+
+    def _add_replicas(self, now: float) -> list[Effect]:
+        """Further servers of models that are asked for, where room is free: nobody leaves for one."""
+        models = dict.fromkeys(resident.model for resident in self._in_service())
+        if any(model not in models for model in self._waiting.since()):
+            return []  # what is free is for those who have none
+        leavers = self._leavers(now)
+        effects: list[Effect] = []
+        for model in models:
+            wanted = wants_another(
+                self._in_service(model), self._waiting.count(model), self._rules(model)
+            ) and now >= self._no_replica_before.get(model, now)
+            if not wanted:
+                continue
+            views = leavers.views(model, lambda _nobody: False)
+            try:
+                assignment = self._placer(model, views, self._claims())
+                free = choose_victims(self.limits.pool_size, leavers, views, assignment.evict) == ()
+            except LlamaGpuError:
+                continue
+            if free:
+                effects.append(self._start(model, assignment, now))
+        return effects
 
     # -- steps -------------------------------------------------------------------------------
 
-    def _ready(self, model: str) -> Resident | None:
-        resident = self._residents.get(model)
-        ready = resident is not None and resident.state is ResidentState.READY and not resident.draining
-        return resident if ready else None
-
-    def _admit_all(self, resident: Resident) -> list[Effect]:
-        tickets = self._waiting.pop(resident.model, {})
-        resident.active.update(tickets)
-        return [Admit(ticket, resident.model) for ticket in tickets]
+    def _admit(self, model: str) -> list[Effect]:
+        servers = self._in_service(model)
+        ready = {r.server: r for r in servers if r.state is ResidentState.READY}
+        if not ready:
+            return []
+        slots = self._rules(model).slots
+        effects: list[Effect] = []
+        for request in self._waiting.of(model):
+            loads = {server: len(resident.active) for server, resident in ready.items()}
+            if len(ready) < len(servers) and min(loads.values()) >= slots:
+                break  # another one is about to be ready, and would stand idle beside a long queue
+            server = self._affinity.choose(model, request.conversation, loads, slots)
+            self._waiting.remove(request.ticket)
+            self._changes += not ready[server].active
+            ready[server].active.add(request.ticket)
+            self._served_by[request.ticket] = server
+            effects.append(Admit(request.ticket, model, server))
+        return effects
 
     def _refuse_all(self, model: str, error: LlamaGpuError) -> list[Effect]:
-        tickets = self._waiting.pop(model, {})
-        for ticket in tickets:
-            del self._model_of[ticket]
-        return [Refuse(ticket, error) for ticket in tickets]
-
-    def _leave_queue(self, model: str, ticket: int) -> None:
-        queue = self._waiting[model]
-        del queue[ticket]
-        if not queue:
-            del self._waiting[model]
+        requests = self._waiting.of(model)
+        for request in requests:
+            self._waiting.remove(request.ticket)
+        return [Refuse(request.ticket, error) for request in requests]
 
     def _stop(self, resident: Resident, reason: str, cause: LeavesFor) -> Stop:
         self._drain(resident, reason, cause)
-        resident.state = ResidentState.STOPPING
-        return Stop(resident.model, reason, cause)
+        self._become(resident, ResidentState.STOPPING)
+        return Stop(resident.model, reason, cause, resident.server)
 
     def _drain(self, resident: Resident, reason: str, cause: LeavesFor) -> None:
         resident.draining = True
         resident.leaves_because, resident.leaves_for = reason, cause
 
-    def _stop_if_drained(self, resident: Resident) -> list[Effect]:
-        if resident.state is ResidentState.READY and not resident.active:
-            return [self._stop(resident, resident.leaves_because, resident.leaves_for)]
-        return []
+    def _become(self, resident: Resident, state: ResidentState) -> None:
+        resident.state = state
+        self._changes += 1
 
-    def _forget(self, model: str) -> None:
-        self._residents.pop(model, None)
+    def _forget(self, server: str) -> Resident | None:
+        self._changes += 1
         for resident in self._residents.values():
-            resident.waits_for.discard(model)
+            resident.waits_for.discard(server)
+        return self._residents.pop(server, None)
 
-    def _waited_too_long(self, model: str, seconds: float) -> ServerError:
-        return ServerError(
-            f"{model!r} could not be loaded within {seconds:.0f} s: the models in its place are busy",
-            model=model,
-        )
+    # -- questions ---------------------------------------------------------------------------
+
+    def _in_service(self, model: str | None = None) -> list[Resident]:
+        return in_service(self._residents.values(), model)
+
+    def _leavers(self, now: float) -> Leavers:
+        return Leavers(self._residents, self._rules, self._load_times.measured, now)
+
+    def _claims(self) -> list[Claim]:
+        return [resident.claim for resident in self._residents.values()]
+
+
+def _waited_too_long(request: Request, now: float) -> ServerError:
+    message = (
+        f"{request.model!r} could not be loaded within {now - request.since:.0f} s: "
+        "the models in its place are busy"
+    )
+    return ServerError(message, model=request.model)

@@ -73,6 +73,7 @@ class Server:
         plan: What to start. With port 0 a free port is taken when the child is started, and another
             one tried when somebody else was quicker.
         model: The model's id, for messages.
+        build: Which llama.cpp it runs, where that is known; kept for those who remember what loads took.
         http: Asks the child whether it is ready; not closed here.
         ports: Where the port comes from; default any free one.
         start_timeout_seconds: How long loading may take.
@@ -85,6 +86,7 @@ class Server:
         plan: LaunchPlan,
         *,
         model: str,
+        build: str | None = None,
         http: aiohttp.ClientSession,
         ports: Ports | None = None,
         start_timeout_seconds: float = 600.0,
@@ -92,6 +94,7 @@ class Server:
         on_log: Callable[[str], None] | None = None,
     ) -> None:
         self.model = model
+        self.build = build
         self.plan = plan
         self.pid: int | None = None
         self.exit_code: int | None = None

@@ -23,11 +23,16 @@ def new_server(
     assignment: Assignment,
     engine: Engine,
     *,
+    name: str,
+    build: str | None,
     pool: ServerPoolSettings,
     http: aiohttp.ClientSession,
     ports: Ports,
 ) -> Server:
-    """The server of ``entry`` as assigned, not started yet; its lines go to the log at level debug."""
+    """The server of ``entry`` as assigned, not started yet; its lines go to the log at level debug.
+
+    ``name`` is the server's id, ``build`` the llama.cpp that it will run, as far as that is known.
+    """
     plan = plan_launch(
         engine=engine,
         model_path=entry.path,
@@ -47,9 +52,10 @@ def new_server(
     return Server(
         plan,
         model=entry.id,
+        build=build,
         http=http,
         ports=ports,
         start_timeout_seconds=entry.options.start_timeout_seconds or pool.health_timeout,
         stop_grace_seconds=pool.stop_timeout,
-        on_log=structlog.get_logger("llama_gpu.engine").bind(model=entry.id).debug,
+        on_log=structlog.get_logger("llama_gpu.engine").bind(model=name).debug,
     )

@@ -22,22 +22,17 @@ from llama_gpu.catalog import Catalog, ModelEntry
 from llama_gpu.config import Config
 from llama_gpu.counts import Counts
 from llama_gpu.engine import find_engine
-from llama_gpu.errors import (
-    LlamaGpuError,
-    ModelFileError,
-    ServerError,
-    ServerExitedError,
-    UnknownModelError,
-)
+from llama_gpu.errors import LlamaGpuError, ModelFileError, ServerError, UnknownModelError
 from llama_gpu.events import StateChanges
 from llama_gpu.launch import Engine
 from llama_gpu.measured import measured_by_gpu
 from llama_gpu.monitor import REFRESH_TIMEOUT_SECONDS, GpuMonitor
+from llama_gpu.owning import FRESH_SECONDS, Owning
 from llama_gpu.placing import Placing
 from llama_gpu.ports import Ports
 from llama_gpu.remembering import Remembering
-from llama_gpu.residents import LeavesFor, Resident
-from llama_gpu.scheduler import Admit, Effect, Limits, Refuse, Scheduler, Start, Stop
+from llama_gpu.residents import Resident
+from llama_gpu.scheduler import Admit, Effect, Limits, Refuse, Rules, Scheduler, Start, Stop
 from llama_gpu.server import Server
 from llama_gpu.starting import new_server
 
@@ -46,15 +41,12 @@ __all__ = ["ResidentServer", "Supervisor"]
 CPU_POOL_SIZE = 4
 """Residents at most where no GPU memory sets a bound and the configuration names none."""
 
-FRESH_SECONDS = 0.25
-"""How long a decision waits for a fresh snapshot; also the pace while memory comes back."""
-
 _log = structlog.get_logger("llama_gpu")
 
 
 @dataclass(frozen=True)
 class ResidentServer:
-    """What ``/health`` and the metrics may know of one resident model."""
+    """What ``/health`` and the metrics may know of one resident."""
 
     resident: Resident
     server: Server | None
@@ -86,16 +78,23 @@ class Supervisor:
             Limits(
                 queue_size=config.server_pool.queue_size,
                 wait_seconds=config.server_pool.queue_timeout,
+                starvation_seconds=config.server_pool.starvation_timeout,
             ),
-            pinned=lambda model: self.entry(model).options.pinned,
-            idle_limit=lambda model: self.entry(model).options.ttl_seconds,
+            rules=self._rules,
         )
-        self._servers: dict[str, Server] = {}
+        self._owning = Owning(
+            self.scheduler,
+            self.monitor,
+            decide=self._decide,
+            make=self._make_server,
+            became_ready=self._became_ready,
+            counts=self.counts,
+            changes=self.changes,
+        )
         self._tickets: dict[int, asyncio.Future[Server]] = {}
         self._numbers = itertools.count(1)
         self._tasks: set[asyncio.Task[None]] = set()
         self._ports = Ports(config.server_pool.bind_host, config.server_pool.port_start)
-        self._stopping: set[str] = set()
         self._asked_for: dict[str, ModelEntry] = {}
         self._scan: asyncio.Future[Catalog] | None = None
         self._told_mode: tuple[bool, str | None] | None = None
@@ -127,7 +126,8 @@ class Supervisor:
         """Refuse who still waits, stop every server at once, forget the tasks."""
         self.refuse_waiting()
         self.monitor.close()
-        await asyncio.gather(*(server.stop() for server in self._servers.values()), return_exceptions=True)
+        servers = self._owning.servers.values()
+        await asyncio.gather(*(server.stop() for server in servers), return_exceptions=True)
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -135,7 +135,7 @@ class Supervisor:
 
     def refuse_waiting(self) -> None:
         """From now on nobody gets a server: the proxy is about to end."""
-        self._closing = True
+        self._closing = self._owning.closing = True
         self.changes.close()
         for future in self._tickets.values():
             if not future.done():
@@ -169,9 +169,25 @@ class Supervisor:
         except (LlamaGpuError, OSError) as error:
             _log.warning(f"the model folders cannot be read again: {error}")
 
+    def _rules(self, model: str) -> Rules:
+        entry = self.entry(model)
+        options = entry.options
+        return Rules(
+            pinned=options.pinned,
+            priority=options.priority,
+            slots=options.parallel,
+            replicas=options.replicas,
+            max_replicas=options.most_replicas,
+            min_resident_seconds=options.min_resident_seconds,
+            idle_seconds_before_unload=options.ttl_seconds,
+            load_seconds=self._memory.load_seconds(entry),
+        )
+
     @contextlib.asynccontextmanager
-    async def acquire(self, model: str) -> AsyncIterator[Server]:
-        """Wait until ``model`` is served, hold it busy while inside.
+    async def acquire(self, model: str, conversation: str | None = None) -> AsyncIterator[Server]:
+        """Wait until a server of ``model`` takes the request, hold it busy while inside.
+
+        Requests of one ``conversation`` go to the same server, unless that is clearly more loaded.
 
         Raises:
             LlamaGpuError: it does not fit, the queue is full, or its server would not start.
@@ -181,13 +197,15 @@ class Supervisor:
         entry = self._asked_for[model] = self.catalog.find(model)
         if entry.error is not None:
             raise ModelFileError(entry.error, path=str(entry.path))
-        if model not in self.scheduler.residents:
+        if not self.scheduler.servers_of(model):
             await self._freshen()
         ticket = next(self._numbers)
         future: asyncio.Future[Server] = asyncio.get_running_loop().create_future()
         self._tickets[ticket] = future
         try:
-            self._decide(lambda now: self.scheduler.request_arrived(ticket, model, now))
+            self._decide(
+                lambda now: self.scheduler.request_arrived(ticket, model, now, conversation=conversation)
+            )
             yield await future
         finally:
             del self._tickets[ticket]
@@ -196,14 +214,14 @@ class Supervisor:
             self._decide(lambda now: self.scheduler.request_ended(ticket, now))
 
     def unload(self, model: str) -> None:
-        """Stop a model's server as soon as it is idle."""
+        """Stop a model's servers as soon as they are idle."""
         self._decide(lambda now: self.scheduler.unload(model, now))
 
     def residents(self) -> Mapping[str, ResidentServer]:
-        """Every resident model with its server, if it has one yet."""
+        """Every resident by the id of its server, with that server, if there is one yet."""
         return {
-            model: ResidentServer(resident, self._servers.get(model))
-            for model, resident in self.scheduler.residents.items()
+            server: ResidentServer(resident, self._owning.servers.get(server))
+            for server, resident in self.scheduler.residents.items()
         }
 
     @property
@@ -243,90 +261,46 @@ class Supervisor:
 
     def _carry_out(self, effect: Effect, microseconds: float) -> None:
         match effect:
-            case Start(model, assignment):
-                _log.info(f"load {model}: {assignment.reason}", decided_us=round(microseconds))
-                self._spawn(self._run_server(effect), f"server of {model}")
-            case Stop(model, reason):
-                _log.info(f"unload {model}: {reason}", decided_us=round(microseconds))
-                self._spawn(self._stop_server(effect), f"stop {model}")
-            case Admit(ticket, model):
+            case Start(_, assignment, server):
+                _log.info(f"load {server}: {assignment.reason}", decided_us=round(microseconds))
+                self._spawn(self._owning.own(effect), f"server {server}")
+            case Stop(_, reason, _, server):
+                _log.info(f"unload {server}: {reason}", decided_us=round(microseconds))
+                self._spawn(self._owning.stop(effect), f"stop {server}")
+            case Admit(ticket, _, server):
                 future = self._tickets.get(ticket)
                 if future is not None and not future.done():
-                    future.set_result(self._servers[model])
+                    future.set_result(self._owning.servers[server])
             case Refuse(ticket, error):
                 _log.info(f"refuse: {error}", decided_us=round(microseconds))
                 future = self._tickets.get(ticket)
                 if future is not None and not future.done():
                     future.set_exception(error)
 
-    async def _run_server(self, start: Start) -> None:
-        model, assigned = start.model, start.assignment
-        resident = self.scheduler.residents.get(model)
-        try:
-            entry, engine = self.entry(model), await self.engine()
-            server = new_server(
-                entry, assigned, engine, pool=self.config.server_pool, http=self.session, ports=self._ports
-            )
-            build = self._memory.known.build
-            if self.scheduler.residents.get(model) is not resident or model in self._stopping:
-                return  # it was told to leave before there was anything to stop
-            self._servers[model] = server
-            await server.start()
-        except LlamaGpuError as failure:
-            self._start_failed(model, failure)
-            return
-        except Exception as failure:  # noqa: BLE001 - whatever it was, its requests must end
-            _log.exception(f"{model} did not start")
-            self._start_failed(model, ServerError(f"{model} did not start: {failure!r}", model=model))
-            return
-        seconds = server.started_seconds or 0.0
-        _log.info(f"{model} is ready after {seconds:.2f} s", pid=server.pid, port=server.port)
-        self.counts.loaded(model, seconds)
+    async def _make_server(self, start: Start) -> Server:
+        return new_server(
+            self.entry(start.model),
+            start.assignment,
+            await self.engine(),
+            name=start.server,
+            build=self._memory.known.build,
+            pool=self.config.server_pool,
+            http=self.session,
+            ports=self._ports,
+        )
+
+    async def _became_ready(self, start: Start, server: Server) -> dict[str, int] | None:
+        assigned, seconds = start.assignment, server.started_seconds or 0.0
+        self.counts.loaded(start.model, seconds)
         # In a container the driver may know our servers by other process ids, or others by ours.
         pid = server.pid if has_host_pids() else None
         if pid is not None:
-            self.scheduler.server_started(model, pid)
+            self.scheduler.server_started(start.server, pid)
         await self._freshen()
-        measured = measured_by_gpu(self.snapshot.gpus, pid, assigned.bytes_by_gpu, server.buffers)
-        self._decide(lambda now: self.scheduler.server_ready(model, now, measured_by_gpu=measured))
-        self._memory.loaded(entry, assigned, self.snapshot.gpus, server.buffers, pid=pid, build=build)
-        await server.wait_exited()
-        await self._exited(model, server)
-
-    def _start_failed(self, model: str, failure: LlamaGpuError) -> None:
-        if model in self._stopping:
-            return  # it was stopped on purpose: _stop_server reports that
-        self._servers.pop(model, None)
-        _log.error(f"{model} did not start: {failure}")
-        self.counts.failed(failure)
-        self.changes.server_failed(model, str(failure))
-        self._decide(lambda now: self.scheduler.server_failed(model, failure, now))
-
-    async def _exited(self, model: str, server: Server) -> None:
-        if model in self._stopping or self._closing:
-            return
-        why = f"the server of {model} ended by itself with exit code {server.exit_code}"
-        _log.error(why)
-        self.counts.failed(ServerExitedError(why, model=model, exit_code=server.exit_code))
-        # At once: until its memory is known to be back, nobody may be sent to it.
-        self._decide(lambda now: self.scheduler.server_exited(model, now, reason=why))
-        await self._freshen()
-        self._servers.pop(model, None)
-        self._decide(lambda now: self.scheduler.server_stopped(model, now))
-
-    async def _stop_server(self, stop: Stop) -> None:
-        model = stop.model
-        self._stopping.add(model)
-        try:
-            if server := self._servers.get(model):
-                server.stop_reason = stop.reason
-                # On a lost GPU it hangs in the driver: it would not hear a polite word.
-                await server.stop(grace_seconds=0 if stop.cause is LeavesFor.GPU_LOST else None)
-                self._servers.pop(model, None)
-            await self._freshen()
-        finally:
-            self._stopping.discard(model)
-        self._decide(lambda now: self.scheduler.server_stopped(model, now))
+        gpus, buffers = self.snapshot.gpus, server.buffers
+        entry = self.entry(start.model)
+        self._memory.loaded(entry, assigned, gpus, buffers, pid=pid, seconds=seconds, build=server.build)
+        return measured_by_gpu(gpus, pid, assigned.bytes_by_gpu, buffers)
 
     async def engine(self) -> Engine:
         """The engine, looked for anew each time, so that installing one helps at once.

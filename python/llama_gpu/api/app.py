@@ -14,6 +14,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from llama_gpu.affinity import conversation_in
 from llama_gpu.api.document import docs_page, openapi_document
 from llama_gpu.api.events import events_response
 from llama_gpu.api.gpus import gpus
@@ -125,7 +126,9 @@ class _Relayed:
                 body, headers.get(b"content-type", b"").decode("latin-1"), query.get("model", [None])[0]
             )
             entry = await self._supervisor.look_up(named)
-            async with self._supervisor.acquire(entry.id) as server:
+            # With one server at most there is nothing to choose.
+            conversation = conversation_in(body) if entry.options.most_replicas > 1 else None
+            async with self._supervisor.acquire(entry.id, conversation) as server:
                 upstream = Upstream(
                     self._supervisor.session,
                     server.base_url,

@@ -114,7 +114,7 @@ def _servers(supervisor: Supervisor, total_bytes: dict[str, int | None]) -> list
             status = "error"  # its GPUs are no longer what they were when it was placed
         found.append(
             ServerHealth(
-                id=f"{resident.model}:{server.port}",
+                id=f"{resident.server}:{server.port}",
                 host=server.host,
                 port=server.port,
                 model_id=resident.model,

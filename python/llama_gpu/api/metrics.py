@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector, CollectorRegistry
 
 from llama_gpu import __version__
 from llama_gpu.api.gpus import GpuHealth, listed_gpus
-from llama_gpu.residents import Resident, ResidentState
+from llama_gpu.residents import ResidentState, model_state
 from llama_gpu.server import Server
 from llama_gpu.supervisor import Supervisor
 
@@ -60,7 +60,8 @@ class Metrics:
 
     async def scrape(self) -> bytes:
         """The metrics in the text format that every Prometheus reads."""
-        servers = {model: held.server for model, held in self._supervisor.residents().items()}
+        held = self._supervisor.residents().values()
+        servers = [(resident.resident.model, resident.server) for resident in held]
         tokens = await _all_tokens(self._supervisor.session, servers)
         registry = CollectorRegistry()
         registry.register(_States(self._supervisor, tokens))
@@ -92,26 +93,30 @@ class _States(Collector):
         age = supervisor.monitor.age_seconds
         yield _one("llama_gpu_snapshot_age_seconds", "Time since the GPUs were looked at", age)
         yield from _about_gpus(listed_gpus(supervisor))
-        yield from self._about_models(supervisor.scheduler.residents)
+        yield from self._about_models()
 
-    def _about_models(self, residents: Mapping[str, Resident]) -> Iterator[Metric]:
+    def _about_models(self) -> Iterator[Metric]:
+        scheduler = self._supervisor.scheduler
         state = _gauge("model_state", "1 for the state that a model is in", "model", "state")
         said = _gauge("model_estimated_vram_bytes", "VRAM that a model was estimated to take", "model")
         held = _gauge("model_measured_vram_bytes", "VRAM that a model was measured to hold", "model")
+        count = _gauge("model_servers", "Servers that load, run or stop", "model")
         active = _gauge("model_active_requests", "Requests being answered", "model")
         waiting = _gauge("model_waiting_requests", "Requests that wait for the model", "model")
         for entry in self._supervisor.catalog.models:
-            model, resident = entry.id, residents.get(entry.id)
-            now = "unloaded" if resident is None else str(resident.state)
+            model, servers = entry.id, scheduler.servers_of(entry.id)
+            now = model_state(servers)
             for known in ("unloaded", *ResidentState):
                 state.add_metric([model, str(known)], float(now == known))
-            waiting.add_metric([model], self._supervisor.scheduler.waiting_count(model))
-            if resident is not None:
-                active.add_metric([model], len(resident.active))
-                said.add_metric([model], sum(resident.assignment.bytes_by_gpu.values()))
-                if resident.measured_by_gpu is not None:
-                    held.add_metric([model], sum(resident.measured_by_gpu.values()))
-        yield from (state, said, held, active, waiting)
+            waiting.add_metric([model], scheduler.waiting_count(model))
+            count.add_metric([model], sum(r.state is not ResidentState.MAKING_ROOM for r in servers))
+            if servers:
+                active.add_metric([model], sum(len(resident.active) for resident in servers))
+                said.add_metric([model], sum(_bytes(r.assignment.bytes_by_gpu) for r in servers))
+                measured = [r.measured_by_gpu for r in servers if r.measured_by_gpu is not None]
+                if measured:
+                    held.add_metric([model], sum(map(_bytes, measured)))
+        yield from (state, count, said, held, active, waiting)
         prompt = _counter("model_prompt_tokens", "Tokens of prompts, as the engine counts them", "model")
         generated = _counter("model_generated_tokens", "Tokens generated, as the engine counts them", "model")
         for model, tokens in self._tokens.items():
@@ -138,6 +143,10 @@ def _about_gpus(listed: Sequence[GpuHealth]) -> Iterator[Metric]:
     yield from (busy, health)
 
 
+def _bytes(by_gpu: Mapping[str, int]) -> int:
+    return sum(by_gpu.values())
+
+
 def _gauge(name: str, text: str, *labels: str) -> GaugeMetricFamily:
     return GaugeMetricFamily(f"llama_gpu_{name}", text, labels=labels)
 
@@ -153,11 +162,17 @@ def _one(name: str, text: str, value: float, labels: Mapping[str, str] | None = 
 
 
 async def _all_tokens(
-    session: aiohttp.ClientSession, servers: Mapping[str, Server | None]
+    session: aiohttp.ClientSession, servers: Sequence[tuple[str, Server | None]]
 ) -> dict[str, Tokens]:
-    ready = {model: server for model, server in servers.items() if server and server.state == "ready"}
-    answers = await asyncio.gather(*(_tokens(session, server) for server in ready.values()))
-    return {model: tokens for model, tokens in zip(ready, answers, strict=True) if tokens is not None}
+    """What the servers of each model have counted together."""
+    ready = [(model, server) for model, server in servers if server and server.state == "ready"]
+    answers = await asyncio.gather(*(_tokens(session, server) for _, server in ready))
+    found: dict[str, Tokens] = {}
+    for (model, _), tokens in zip(ready, answers, strict=True):
+        if tokens is not None:
+            before = found.get(model, Tokens(0, 0))
+            found[model] = Tokens(before.prompt + tokens.prompt, before.generated + tokens.generated)
+    return found
 
 
 async def _tokens(session: aiohttp.ClientSession, server: Server) -> Tokens | None:

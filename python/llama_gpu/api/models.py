@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from llama_gpu.catalog import Catalog, ModelEntry
+from llama_gpu.residents import model_state
 from llama_gpu.supervisor import Supervisor
 
 __all__ = ["ErrorAnswer", "ModelCard", "ModelList", "model_card", "model_list"]
@@ -89,9 +90,8 @@ def model_list(supervisor: Supervisor) -> ModelList:
 
 def model_card(supervisor: Supervisor, entry: ModelEntry) -> ModelCard:
     """One model of the catalogue."""
-    resident = supervisor.scheduler.residents.get(entry.id)
     header = entry.header
-    status: Any = "unloaded" if resident is None else resident.state.value
+    status: Any = model_state(supervisor.scheduler.servers_of(entry.id))
     return ModelCard(
         id=entry.id,
         object="model",

@@ -96,7 +96,15 @@ class ModelOptions(_Settings):
     pinned: bool = False
     """Loaded at start and never evicted."""
     priority: int = 0
-    """Of two idle models the one with the lower priority leaves first."""
+    """The higher one is loaded first and leaves last; a lower one waits rather than make it leave."""
+    min_resident_seconds: NonNegativeFloat | None = None
+    """Seconds after a load in which no other model makes it leave; unset = as long as the load took,
+    at most 10."""
+    replicas: PositiveInt = 1
+    """Servers of it side by side, each on GPUs of its own, where room is free: nobody leaves for a second."""
+    max_replicas: PositiveInt | None = None
+    """Up to so many while requests queue for every slot of one more; the first to leave when others need
+    room. Unset = replicas."""
     cpu: CpuPolicy | None = None
     """When no GPU fits: never, partial or allow the CPU; unset = as gpu.cpu_fallback says."""
     partial: bool = False
@@ -113,6 +121,11 @@ class ModelOptions(_Settings):
     """Unloaded after so many idle seconds; unset = never."""
     start_timeout_seconds: PositiveFloat | None = None
     """Seconds that a start may take; unset = server_pool.health_timeout."""
+
+    @property
+    def most_replicas(self) -> int:
+        """Servers of it at most."""
+        return max(self.replicas, self.max_replicas or 1)
 
 
 class ServerSettings(_Settings):
@@ -150,6 +163,9 @@ class ServerPoolSettings(_Settings):
     """Requests that may wait for one model to load; more are told to come back (429)."""
     queue_timeout: PositiveFloat = 600
     """Seconds that a request may wait for its model to load, then 503."""
+    starvation_timeout: PositiveFloat = 30
+    """Seconds until a model that busy ones or higher priorities keep out gets its turn: they take no new
+    requests, end those they have, and leave."""
     stop_timeout: PositiveFloat = 10
     """Seconds between asking a server to end and killing it."""
     drain_timeout: NonNegativeFloat = 30

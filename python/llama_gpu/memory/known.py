@@ -46,6 +46,7 @@ class KnownMemory:
         self.store = store
         self._lock = threading.Lock()
         self._records: dict[Case, Record] = {}
+        self._load_seconds: dict[str, float] = {}
         self._mark: EngineMark | None = None
 
     @property
@@ -60,10 +61,22 @@ class KnownMemory:
                 older = self._records.get(record.case)
                 if older is None or older.at <= record.at:
                     self._records[record.case] = record
+        seconds = self.store.load_seconds()
         for header in headers:
             with contextlib.suppress(OSError):  # a file that has gone is told elsewhere
-                model_identity(header)
+                if (identity := model_identity(header)) in seconds:
+                    self._load_seconds.setdefault(_first_file(header), seconds[identity])
         return len(self._records)
+
+    def load_seconds(self, header: Header) -> float | None:
+        """What the last load of this model took; None where that is not known."""
+        return self._load_seconds.get(_first_file(header))
+
+    def remember_load_seconds(self, header: Header, seconds: float) -> None:
+        """Keep what a load of this model took, here and in the store."""
+        self._load_seconds[_first_file(header)] = seconds
+        with contextlib.suppress(OSError):
+            self.store.put_load_seconds(model_identity(header), seconds)
 
     def use_engine(self, engine: Engine) -> EngineMark | None:
         """From now on this llama.cpp counts; what the store should be told if it is another one."""
@@ -159,3 +172,8 @@ class KnownMemory:
         with self._lock:
             older = self._records.get(record.case)
             self._records[record.case] = older.joined(record) if older else record
+
+
+def _first_file(header: Header) -> str:
+    """Where a model lies: told without asking the file system, unlike its identity."""
+    return header.shards[0].path

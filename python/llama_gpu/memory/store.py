@@ -44,6 +44,7 @@ CREATE TABLE IF NOT EXISTS record_1 (
     name TEXT, path TEXT, analytic TEXT, projected TEXT, taken TEXT, at REAL, loads INTEGER,
     PRIMARY KEY (model, options, kinds, layers, build)
 );
+CREATE TABLE IF NOT EXISTS load_1 (model TEXT PRIMARY KEY, seconds REAL, at REAL);
 CREATE TABLE IF NOT EXISTS engine_1 (
     one INTEGER PRIMARY KEY CHECK (one = 1), build TEXT, program TEXT, size INTEGER, modified_ns INTEGER
 );
@@ -58,6 +59,10 @@ ON CONFLICT DO UPDATE SET
 """  # noqa: S608 - no part of it comes from outside
 FORGET = """
 DELETE FROM record_1 WHERE rowid IN (SELECT rowid FROM record_1 ORDER BY at DESC LIMIT -1 OFFSET ?)
+"""
+
+FORGET_LOADS = """
+DELETE FROM load_1 WHERE model IN (SELECT model FROM load_1 ORDER BY at DESC LIMIT -1 OFFSET ?)
 """
 
 _log = logging.getLogger("llama_gpu")
@@ -127,6 +132,20 @@ class MemoryStore:
         def work(db: sqlite3.Connection) -> None:
             db.execute(PUT, values)
             db.execute(FORGET, (MOST_RECORDS,))
+
+        self._work(work, None, write=True)
+
+    def load_seconds(self) -> dict[str, float]:
+        """What the last load of each model took, by the identity of its file."""
+        rows = "SELECT model, seconds FROM load_1"
+        return self._work(lambda db: dict(db.execute(rows).fetchall()), {}, write=False)
+
+    def put_load_seconds(self, model: str, seconds: float) -> None:
+        """Remember what the last load of a model took; ``model`` is the identity of its file."""
+
+        def work(db: sqlite3.Connection) -> None:
+            db.execute("INSERT OR REPLACE INTO load_1 VALUES (?, ?, ?)", (model, seconds, time.time()))
+            db.execute(FORGET_LOADS, (MOST_RECORDS,))
 
         self._work(work, None, write=True)
 
@@ -210,8 +229,8 @@ def store_at(path: Path | None) -> MemoryStore:
 
 
 def _has_tables(db: sqlite3.Connection) -> bool:
-    names = db.execute("SELECT count(*) FROM sqlite_master WHERE name IN ('record_1', 'engine_1')")
-    return bool(names.fetchone()[0] == 2)  # noqa: PLR2004
+    names = db.execute("SELECT count(*) FROM sqlite_master WHERE name IN ('record_1', 'engine_1', 'load_1')")
+    return bool(names.fetchone()[0] == 3)  # noqa: PLR2004
 
 
 def _is_corrupt(error: sqlite3.Error) -> bool:
