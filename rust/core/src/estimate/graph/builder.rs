@@ -3,7 +3,7 @@
 use crate::gguf::GgmlType;
 use crate::model::Hyperparameters;
 
-use super::model::{GraphModel, Layer, Weight, hash_more, name_hash};
+use super::model::{GraphModel, Layer, Weight, find, hash_more, name_hash};
 use super::ops::Graph;
 use super::reserve::{Batch, owns_cache};
 use super::tensor::{Storage, TensorId};
@@ -46,12 +46,16 @@ pub(super) struct Builder<'a> {
     pub(super) n_embd: i64,
     pub(super) n_tokens: i64,
     pub(super) n_seqs: i64,
-    /// The layer that [`weight`](Self::weight) looks into.
+    /// The layer that is built.
     il: usize,
+    /// The layer that [`weight`](Self::weight) looks into: another one where weights run more than once.
+    home: usize,
     /// Weights of the current layer and of no layer that are in the graph already.
     known: Vec<TensorId>,
     layer: Option<&'a Layer>,
     known_shared: Vec<(u64, TensorId)>,
+    /// The same of layers whose weights run more than once, by layer.
+    known_again: Vec<Vec<TensorId>>,
     /// Operations between the raw scores and the softmax without flash attention (soft capping).
     pub(super) score_unaries: u8,
 }
@@ -106,9 +110,11 @@ impl<'a> Builder<'a> {
             n_tokens: batch.tokens,
             n_seqs: batch.sequences,
             il: 0,
+            home: 0,
             known: Vec::new(),
             layer: None,
             known_shared: Vec::new(),
+            known_again: Vec::new(),
             score_unaries: 0,
         }
     }
@@ -118,11 +124,30 @@ impl<'a> Builder<'a> {
     /// Makes `il` the layer whose weights are looked up.
     pub(super) fn enter(&mut self, il: usize) {
         self.il = il;
+        self.home = il;
         self.layer = self.model.layer(il);
         self.known.clear();
         self.known
             .resize(self.layer.map_or(0, |layer| layer.weights.len()), NONE);
         self.g.mark();
+    }
+
+    /// Makes `il` the current layer, which runs with the weights of layer `home`; its scales are its own.
+    pub(super) fn enter_with_weights_of(&mut self, il: usize, home: usize) {
+        let most = self.home.max(home);
+        if self.known_again.len() <= most {
+            self.known_again.resize(most + 1, Vec::new());
+        }
+        if let Some(slot) = self.known_again.get_mut(self.home) {
+            *slot = std::mem::take(&mut self.known);
+        }
+        let known = self.known_again.get_mut(home).map(std::mem::take);
+        self.enter(il);
+        self.home = home;
+        self.layer = self.model.layer(home);
+        self.known = known.unwrap_or_default();
+        self.known
+            .resize(self.layer.map_or(0, |layer| layer.weights.len()), NONE);
     }
 
     pub(super) fn layer(&self) -> usize {
@@ -248,7 +273,7 @@ impl<'a> Builder<'a> {
             return *id;
         }
         let on_host = self.il < self.batch.host_expert_layers && is_expert(name);
-        let id = self.store(weight, Belongs::Layer(self.il), on_host);
+        let id = self.store(weight, Belongs::Layer(self.home), on_host);
         if let Some(slot) = self.known.get_mut(place) {
             *slot = id;
         }
@@ -272,7 +297,15 @@ impl<'a> Builder<'a> {
 
     /// The current layer's `NAME.scale`, or none.
     pub(super) fn scale(&mut self, name: &str) -> TensorId {
-        self.layer_tensor(name, ".scale")
+        if self.home == self.il {
+            return self.layer_tensor(name, ".scale");
+        }
+        let hash = hash_more(name_hash(name), ".scale");
+        let own = self.model.layer(self.il);
+        own.and_then(|layer| find(&layer.weights, hash))
+            .map_or(NONE, |weight| {
+                self.store(*weight, Belongs::Layer(self.il), false)
+            })
     }
 
     /// Whether this architecture's graph multiplies by the scale of this weight, should the file hold one.
@@ -484,6 +517,12 @@ impl<'a> Builder<'a> {
             }
         }
         out
+    }
+
+    /// A product with a weight and nothing else (`ggml_mul_mat`, or `build_lora_mm` without a scale).
+    pub(super) fn matmul(&mut self, name: &str, cur: TensorId) -> TensorId {
+        let weight = self.weight(name);
+        self.g.mul_mat(weight, cur)
     }
 
     /// A projection with its bias, if there is one.

@@ -3,9 +3,11 @@
 mod decoder;
 mod delta;
 mod describe;
+mod hierarchical;
 mod hybrid;
 mod kda;
 mod latent;
+mod lightning;
 mod mamba;
 mod sparse;
 mod special;
@@ -52,6 +54,8 @@ fn own_graph(architecture: &str) -> Option<fn(&mut Builder<'_>)> {
         "kimi-linear" => kda::kimi_linear,
         "bailingmoe3" => kda::bailing,
         "deepseek32" | "glm-dsa" => sparse::sparse,
+        "hrm_text" => hierarchical::hrm,
+        "minimax-01" => lightning::minimax,
         "minicpm3" => latent::minicpm3,
         "plm" => latent::plm,
         _ => return None,
