@@ -34,6 +34,8 @@ pub(super) enum ExpertActivation {
     Usual,
     /// relu and sqr.
     Squared,
+    /// `situ`: tanh of gate and up, each scaled, and a sigmoid of the gate.
+    Situ,
 }
 
 /// One mixture of experts; the names are those after `blk.N.`, less `.weight`.
@@ -262,6 +264,28 @@ impl Builder<'_> {
                 let relu = self.g.unary(gate);
                 self.g.unary(relu)
             }
+            ExpertActivation::Situ => self.situ(gate, up),
         }
+    }
+
+    /// The activation of Kimi K3, in elementary operations.
+    pub(super) fn situ(&mut self, gate: TensorId, mut up: TensorId) -> TensorId {
+        let mut bent = gate;
+        for _ in 0..3 {
+            bent = self.g.unary(bent);
+        }
+        let open = self.g.unary(gate);
+        bent = self.g.mul(bent, open);
+        if self
+            .model
+            .float("activation.situ_linear_beta")
+            .unwrap_or(0.0)
+            > 0.0
+        {
+            for _ in 0..3 {
+                up = self.g.unary(up);
+            }
+        }
+        self.g.mul(bent, up)
     }
 }

@@ -60,7 +60,7 @@ pub(super) fn bailing(b: &mut Builder<'_>) {
 }
 
 /// Latent attention; `output` names the projection.
-fn attention(
+pub(super) fn attention(
     b: &mut Builder<'_>,
     input: AttentionInput,
     normed: TensorId,
@@ -103,16 +103,16 @@ fn gated(b: &mut Builder<'_>, inputs: Inputs, normed: TensorId) -> TensorId {
 
 /// The sizes of a delta layer.
 #[derive(Clone, Copy, Debug)]
-struct Sizes {
-    length: i64,
-    heads: i64,
+pub(super) struct Sizes {
+    pub(super) length: i64,
+    pub(super) heads: i64,
     kernel: i64,
-    tokens: i64,
-    seqs: i64,
+    pub(super) tokens: i64,
+    pub(super) seqs: i64,
 }
 
 impl Sizes {
-    fn of(b: &Builder<'_>) -> Self {
+    pub(super) fn of(b: &Builder<'_>) -> Self {
         Self {
             length: b.number("kda.head_dim", 1),
             heads: b.hyper.heads.first().map_or(1, |heads| i64::from(*heads)),
@@ -128,7 +128,12 @@ impl Sizes {
 }
 
 /// Queries, keys and values, each through a convolution of its own.
-fn convolved(b: &mut Builder<'_>, input: StateInput, normed: TensorId, s: Sizes) -> [TensorId; 3] {
+pub(super) fn convolved(
+    b: &mut Builder<'_>,
+    input: StateInput,
+    normed: TensorId,
+    s: Sizes,
+) -> [TensorId; 3] {
     let states = b.convolution_state();
     let earlier = b.rows_of_state(input, states);
     let row = (s.kernel - 1) * 4;
@@ -163,7 +168,7 @@ fn convolved(b: &mut Builder<'_>, input: StateInput, normed: TensorId, s: Sizes)
 }
 
 /// The update and what comes out of it; `gate` is per element.
-fn updated(
+pub(super) fn updated(
     b: &mut Builder<'_>,
     input: StateInput,
     [q, k, v, gate, beta]: [TensorId; 5],
@@ -180,7 +185,7 @@ fn updated(
     b.g.cont(out)
 }
 
-fn step(b: &mut Builder<'_>, normed: TensorId, s: Sizes) -> TensorId {
+pub(super) fn step(b: &mut Builder<'_>, normed: TensorId, s: Sizes) -> TensorId {
     let weight = b.weight("ssm_beta");
     let beta = b.g.mul_mat(weight, normed);
     let beta = b.g.reshape(beta, [1, s.heads, s.tokens, s.seqs]);
@@ -188,7 +193,7 @@ fn step(b: &mut Builder<'_>, normed: TensorId, s: Sizes) -> TensorId {
 }
 
 /// The norm and gate of the output, and its projection.
-fn finished(b: &mut Builder<'_>, out: TensorId, gate: TensorId, s: Sizes) -> TensorId {
+pub(super) fn finished(b: &mut Builder<'_>, out: TensorId, gate: TensorId, s: Sizes) -> TensorId {
     let n_tokens = s.tokens * s.seqs;
     let gate = b.g.reshape_3d(gate, s.length, s.heads, n_tokens);
     let out = b.g.reshape_3d(out, s.length, s.heads, n_tokens);

@@ -9,6 +9,7 @@ mod kda;
 mod latent;
 mod lightning;
 mod mamba;
+mod residual;
 mod sparse;
 mod special;
 
@@ -52,6 +53,7 @@ fn own_graph(architecture: &str) -> Option<fn(&mut Builder<'_>)> {
         "plamo2" => hybrid::plamo2,
         "qwen3next" | "qwen35" | "qwen35moe" => delta::qwen,
         "kimi-linear" => kda::kimi_linear,
+        "kimi-k3" => residual::kimi_k3,
         "bailingmoe3" => kda::bailing,
         "deepseek32" | "glm-dsa" => sparse::sparse,
         "hrm_text" => hierarchical::hrm,
