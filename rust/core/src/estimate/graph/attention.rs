@@ -9,11 +9,11 @@ use super::tensor::{Storage, TensorId, row_bytes};
 /// The inputs of one KV cache.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct CacheInput {
-    key_ids: TensorId,
-    value_ids: TensorId,
+    pub(super) key_ids: TensorId,
+    pub(super) value_ids: TensorId,
     pub(super) mask: TensorId,
-    key_rotation: TensorId,
-    value_rotation: TensorId,
+    pub(super) key_rotation: TensorId,
+    pub(super) value_rotation: TensorId,
     pub(super) cells: i64,
 }
 
@@ -192,6 +192,15 @@ impl Builder<'_> {
         self.g.reshape(turned, ne)
     }
 
+    /// The same where there is something to rotate, and to rotate by.
+    pub(super) fn rotate_if(&mut self, cur: TensorId, rotation: TensorId) -> TensorId {
+        if cur.is_some() && rotation.is_some() {
+            self.rotate(cur, rotation)
+        } else {
+            cur
+        }
+    }
+
     /// A layer's K (or V) tensor of `width` per cell.
     pub(super) fn cache_tensor(
         &mut self,
@@ -303,16 +312,9 @@ impl Builder<'_> {
         order: [u8; 2],
         extras: Extras,
     ) -> TensorId {
-        let turn = |b: &mut Self, part: TensorId, by: TensorId| {
-            if part.is_some() && by.is_some() {
-                b.rotate(part, by)
-            } else {
-                part
-            }
-        };
-        let q = turn(self, q, cache.key_rotation);
-        let k = turn(self, k, cache.key_rotation);
-        let v = turn(self, v, cache.value_rotation);
+        let q = self.rotate_if(q, cache.key_rotation);
+        let k = self.rotate_if(k, cache.key_rotation);
+        let v = self.rotate_if(v, cache.value_rotation);
         self.g.expand(q);
         for part in if order == [1, 2] { [k, v] } else { [v, k] } {
             if part.is_some() {
@@ -346,7 +348,7 @@ impl Builder<'_> {
             self.read_rows(values, value, kv_heads)
         };
         let cur = self.scores([q, k, v], cache.mask, extras);
-        turn(self, cur, cache.value_rotation)
+        self.rotate_if(cur, cache.value_rotation)
     }
 
     /// `build_attn` with keys only (MLA): values are the first part of the cached keys.

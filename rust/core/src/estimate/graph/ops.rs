@@ -229,6 +229,11 @@ impl Graph {
         self.like(Op::InPlace, a, &[a, b])
     }
 
+    /// `ggml_add_inplace`: a view of `a` that is computed.
+    pub(super) fn add_over(&mut self, a: TensorId, b: TensorId) -> TensorId {
+        self.over(Op::InPlace, a, &[a, b])
+    }
+
     pub(super) fn mul(&mut self, a: TensorId, b: TensorId) -> TensorId {
         self.like(Op::InPlace, a, &[a, b])
     }

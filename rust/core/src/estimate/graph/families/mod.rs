@@ -1,5 +1,6 @@
 //! Model graphs, one short description per family (`src/models/*.cpp`).
 
+mod blocks;
 mod decoder;
 mod delta;
 mod describe;
@@ -58,6 +59,7 @@ fn own_graph(architecture: &str) -> Option<fn(&mut Builder<'_>)> {
         "deepseek32" | "glm-dsa" => sparse::sparse,
         "hrm_text" => hierarchical::hrm,
         "minimax-01" => lightning::minimax,
+        "minimax-m3" => blocks::minimax_m3,
         "minicpm3" => latent::minicpm3,
         "plm" => latent::plm,
         _ => return None,
