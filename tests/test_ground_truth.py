@@ -15,11 +15,7 @@ if TYPE_CHECKING:
 NOT_DESCRIBED = {
     "deepseek4",
     "glm5-next",
-    "hrm_text",
     "hy_v4",
-    "kimi-k3",
-    "minimax-01",
-    "minimax-m3",
     "qwen4exp",
 }
 # Cases, of graphs that are described, that are off all the same.

@@ -19,6 +19,7 @@ struct Sparse {
     position_bias: TensorId,
     position_mask: TensorId,
     cells_of_positions: TensorId,
+    /// With one token per stream another copy of `cells_of_positions`.
     blocks_of_cells: TensorId,
     positions: i64,
     block: i64,
@@ -47,7 +48,11 @@ impl Sparse {
             position_bias: b.g.input(GgmlType::F32, [blocks, n_tokens, 1, 1]),
             position_mask: b.g.input(GgmlType::F32, [positions, n_tokens, 1, 1]),
             cells_of_positions: b.g.input(GgmlType::I32, [positions, streams, 1, 1]),
-            blocks_of_cells: b.g.input(GgmlType::I32, [cache.cells, streams, 1, 1]),
+            blocks_of_cells: if n_tokens == streams {
+                b.g.input(GgmlType::F32, [positions, streams, 1, 1])
+            } else {
+                b.g.input(GgmlType::I32, [cache.cells, streams, 1, 1])
+            },
             wide_mask: b.g.cast(cache.mask, GgmlType::F32),
             positions,
             block,
@@ -143,7 +148,11 @@ fn attend(
 
     let heads = b.heads();
     let mut cur = NONE;
-    for _ in 0..streams {
+    if s.tokens == 1 {
+        let (k, v, mask) = gathered(b, [queries, indexed, k, v], s);
+        cur = attend_grouped(b, q, [k, v], mask);
+    }
+    for _ in 0..if s.tokens == 1 { 0 } else { streams } {
         let mask = mask(b, queries, indexed, s);
         let [_, b1, b2, _] = b.g.nb(q);
         let own = b.g.view_3d(q, [key, heads, s.tokens], [b1, b2]);
@@ -213,6 +222,68 @@ fn mask(b: &mut Builder<'_>, queries: TensorId, indexed: TensorId, s: Sparse) ->
     let masked = b.g.add_over(of_cells, wide_mask);
     let masked = b.g.reshape(masked, [cells, n, 1, s.heads]);
     b.g.cast(masked, GgmlType::F16)
+}
+
+/// One token per stream: keys, values and mask of the best blocks alone, as many as there are streams and groups of heads.
+fn gathered(
+    b: &mut Builder<'_>,
+    [queries, indexed, k, v]: [TensorId; 4],
+    s: Sparse,
+) -> (TensorId, TensorId, TensorId) {
+    let (streams, cells, kv_heads) = (b.batch.streams, s.cache.cells, b.kv_heads());
+    let (blocks, picked) = (s.positions / s.block, s.block * s.picked);
+    let [_, _, b2, b3] = b.g.nb(indexed);
+    let keys = b.g.view_3d(indexed, [s.length, cells, streams], [b2, b3]);
+    let keys = b.g.get_rows(keys, s.cells_of_positions);
+    let queries = b.g.reshape(queries, [s.length, s.heads, 1, streams]);
+    let keys = b.g.reshape(keys, [s.length, s.positions, 1, streams]);
+    let scores = b.g.mul_mat(keys, queries);
+    let open = b.g.reshape(s.position_mask, [s.positions, 1, 1, streams]);
+    let scores = b.g.add_over(scores, open);
+    let ne = [blocks, s.heads, 1, streams];
+    let pooled = b.g.result(Op::Other, GgmlType::F32, ne, &[scores]);
+    let bias = b.g.reshape(s.position_bias, [blocks, 1, 1, streams]);
+    let biased = b.g.add(pooled, bias);
+    let best = b.g.top_k(biased, s.picked);
+
+    let best = b.g.cast(best, GgmlType::F32);
+    let best = b.g.unary(best);
+    let best = b.g.reshape(best, [1, s.picked, s.heads, streams]);
+    let best = b.g.repeat(best, [s.block, s.picked, s.heads, streams]);
+    let counted = |b: &mut Builder<'_>, base: TensorId, shape: [i64; 3]| {
+        let length = shape.iter().product();
+        let steps = b.g.result(Op::Other, GgmlType::F32, [length, 1, 1, 1], &[]);
+        let [n0, n1, n2] = shape;
+        let steps = b.g.reshape_3d(steps, n0, n1, n2);
+        let sum = b.g.add(base, steps);
+        let flat = b.g.reshape_2d(sum, picked * s.heads, streams);
+        b.g.cast(flat, GgmlType::I32)
+    };
+    let of_positions = counted(b, best, [s.block, 1, 1]);
+    let table = b.g.reshape_3d(s.blocks_of_cells, 1, s.positions, streams);
+    let found = b.g.get_rows(table, of_positions);
+    let found = b.g.reshape(found, [s.block, s.picked, s.heads, streams]);
+    let found = b.g.unary(found);
+    let of_rows = counted(b, found, [1, 1, kv_heads]);
+    let [k, v] = [k, v].map(|part| {
+        let (element, [length, ..], [_, b1, _, b3]) =
+            (b.g.element(part), b.g.ne(part), b.g.nb(part));
+        let rows =
+            b.g.view_3d(part, [length, kv_heads * cells, streams], [b1, b3]);
+        let rows = b.g.get_rows(rows, of_rows);
+        let rows = b.g.reshape(rows, [length, picked, 1, s.heads * streams]);
+        if element == GgmlType::F32 {
+            rows
+        } else if element.is_quantized() {
+            b.g.cast(rows, GgmlType::F16)
+        } else {
+            b.g.cast(rows, element)
+        }
+    });
+    let mask = b.g.reshape_3d(s.position_mask, 1, s.positions, streams);
+    let mask = b.g.get_rows(mask, of_positions);
+    let mask = b.g.reshape(mask, [picked, 1, 1, s.heads * streams]);
+    (k, v, b.g.cast(mask, GgmlType::F16))
 }
 
 /// `build_attn_msa_fa`: groups of heads are what sequences are elsewhere.

@@ -61,14 +61,14 @@ fn mixed(b: &mut Builder<'_>, cur: TensorId, stack: TensorId, score: TensorId) -
         return cur;
     }
     let ([n_embd, count, ..], n_tokens) = (b.g.ne(stack), b.n_tokens);
-    let scored = |b: &mut Builder<'_>, streams: TensorId| {
+    let rate = |b: &mut Builder<'_>, streams: TensorId| {
         let normed = b.g.rms_norm(streams);
         let weighted = b.g.mul(normed, score);
         b.g.sum_rows(weighted)
     };
-    let earlier = scored(b, stack);
+    let earlier = rate(b, stack);
     let earlier = b.g.reshape_2d(earlier, count, n_tokens);
-    let current = scored(b, cur);
+    let current = rate(b, cur);
     let scores = b.g.concat(earlier, current, 0);
     let shares = b.g.unary(scores);
     let row = b.g.nb(shares)[1];
