@@ -196,6 +196,37 @@ fn a_jetson_is_known_by_its_device_tree() {
 }
 
 #[test]
+fn memory_that_the_operating_system_manages_is_free_where_it_only_caches_files() {
+    let machine = Machine::new("numa");
+    machine.gpu("name NVIDIA GH200 480GB\nmemory 103079215104 0 1073741824 102005473280\nnuma 1\n");
+    let memory = || {
+        let gpu = machine.monitor(None).refresh().snapshot.gpus[0].clone();
+        assert!(!gpu.unified);
+        (gpu.free_bytes, gpu.used_bytes)
+    };
+    let node = |number: u32, total_gib: u64, free_gib: u64| {
+        let kib = |gib: u64| gib << 20;
+        machine.write(
+            &format!("sys/devices/system/node/node{number}/meminfo"),
+            &format!(
+                "Node {number} MemTotal: {} kB\nNode {number} MemFree: {} kB\n\
+                 Node {number} Active(file): {} kB\nNode {number} Inactive(file): {} kB\n",
+                kib(total_gib),
+                kib(free_gib),
+                kib(2),
+                kib(30)
+            ),
+        );
+    };
+    let as_told = (Some(GIB), Some(95 * GIB));
+    assert_eq!(memory(), as_told);
+    node(1, 96, 40);
+    assert_eq!(memory(), (Some(72 * GIB), Some(24 * GIB)));
+    node(1, 480, 40); // the CPU's own node: not this GPU's memory
+    assert_eq!(memory(), as_told);
+}
+
+#[test]
 fn a_driver_that_was_updated_names_the_version_that_still_runs() {
     let machine = Machine::new("updated");
     machine.write("nvml.state", "driver 580.95.05\nerror nvmlInit_v2 18\n");

@@ -53,16 +53,7 @@ impl Host {
     /// `MemTotal` and `MemAvailable`, no more than the control group allows.
     pub(super) fn memory(&self) -> Option<SystemMemory> {
         let text = self.read("proc/meminfo")?;
-        let field = |name: &str| -> Option<u64> {
-            let line = text.lines().find_map(|line| line.strip_prefix(name))?;
-            let kibibytes: u64 = line
-                .trim_start_matches(':')
-                .split_whitespace()
-                .next()?
-                .parse()
-                .ok()?;
-            kibibytes.checked_mul(1024)
-        };
+        let field = |name| meminfo_field(&text, name);
         let mut memory = SystemMemory {
             total_bytes: field("MemTotal")?,
             available_bytes: field("MemAvailable")?,
@@ -80,6 +71,19 @@ impl Host {
         }
         memory.available_bytes = memory.available_bytes.min(memory.total_bytes);
         Some(memory)
+    }
+
+    /// What can be had of a NUMA node's memory without swapping: pages that only cache files count.
+    /// `None` for a node of more than `most_bytes`, which is not the GPU's own.
+    pub(super) fn node_available_bytes(&self, node: u32, most_bytes: u64) -> Option<u64> {
+        let text = self.read(&format!("sys/devices/system/node/node{node}/meminfo"))?;
+        let field = |name| meminfo_field(&text, name);
+        if field("MemTotal")? > most_bytes {
+            return None;
+        }
+        ["MemFree", "Active(file)", "Inactive(file)"]
+            .into_iter()
+            .try_fold(0_u64, |sum, name| sum.checked_add(field(name)?))
     }
 
     /// Whether process ids here are those of the host, which are the ones the driver tells.
@@ -125,6 +129,15 @@ impl Host {
         }
         found
     }
+}
+
+/// A size in bytes out of `/proc/meminfo`, or of a node's, whose lines begin with `Node 1 `.
+fn meminfo_field(text: &str, name: &str) -> Option<u64> {
+    text.lines().find_map(|line| {
+        let mut words = line.split_whitespace();
+        words.find(|word| word.strip_suffix(':') == Some(name))?;
+        words.next()?.parse::<u64>().ok()?.checked_mul(1024)
+    })
 }
 
 fn is_nvidia_display(device: &Path) -> bool {

@@ -23,8 +23,8 @@ pub(super) struct Memory {
 }
 
 /// `nvmlDeviceGetMemoryInfo_v2`, or `nvmlDeviceGetMemoryInfo`. A total of 0 is "not supported".
-pub(super) fn read(nvml: &Nvml, device: &Device<'_>) -> Result<Memory, Failure> {
-    let memory = match device.memory_info().map_err(Failure::from) {
+pub(super) fn read(nvml: &Nvml, device: &Device<'_>, host: &Host) -> Result<Memory, Failure> {
+    let mut memory = match device.memory_info().map_err(Failure::from) {
         Ok(memory) => Memory {
             total: memory.total,
             free: memory.free,
@@ -54,6 +54,18 @@ pub(super) fn read(nvml: &Nvml, device: &Device<'_>) -> Result<Memory, Failure> 
     };
     if memory.total == 0 {
         return Err(Failure::found(failure::NOT_SUPPORTED, "a total of 0 bytes"));
+    }
+    // GH200, GB200: the operating system manages the memory and keeps pages that nobody needs any more,
+    // so NVML's `free` is too low (`nvmlDeviceGetNumaNodeId` answers only on such boards).
+    if let Ok(node) = device.numa_node_id()
+        && let Some(available) = host.node_available_bytes(node, memory.total)
+    {
+        let reserved = memory.reserved.unwrap_or(0);
+        let most = memory.total.saturating_sub(reserved);
+        memory.free = memory.free.max(available.min(most));
+        memory.used = memory
+            .used
+            .map(|used| used.min(most.saturating_sub(memory.free)));
     }
     Ok(memory)
 }

@@ -106,7 +106,7 @@ impl Reader<'_> {
     /// Fills in what changes from moment to moment.
     fn measure(&self, device: &Device<'_>, mut gpu: Gpu) -> Gpu {
         let mut asking = Asking::default();
-        let memory = memory::read(self.nvml, device);
+        let memory = memory::read(self.nvml, device, self.host);
         if let Err(failure) = &memory {
             asking.note(failure);
         }
