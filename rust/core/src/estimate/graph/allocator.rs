@@ -4,7 +4,7 @@
 //! the last reader is done; an operation that can, writes over its source. The peak of each buffer is the compute buffer's size.
 
 use super::ops::Graph;
-use super::scheduler::{Round, Schedule};
+use super::scheduler::{Round, RoundNodes, Schedule};
 use super::tensor::{Op, TensorId};
 
 /// How a backend's buffers count bytes.
@@ -196,36 +196,37 @@ impl Run<'_> {
         }
     }
 
-    /// Runs a round's nodes once and then as often as it stands for, or until what it hands over recurs.
+    /// Runs a round's nodes as often as it stands for, or until what it hands over recurs, and once more.
     fn repeat(&mut self, schedule: &Schedule, round: Round) {
-        let nodes = schedule
-            .nodes
-            .get(round.start..round.end)
-            .unwrap_or_default();
-        let own = own_tensors(nodes);
-        let fresh: Vec<(TensorId, Lifetime)> = own.iter().map(|id| (*id, self.life(*id))).collect();
+        let RoundNodes {
+            first,
+            own,
+            last,
+            twins,
+        } = schedule.round_nodes(self.graph, round);
+        for (id, _) in &own {
+            self.edit(*id, |life| life.own = true);
+        }
+        let fresh: Vec<(TensorId, Lifetime)> =
+            own.iter().map(|(id, _)| (*id, self.life(*id))).collect();
         // tensors that the round before made and this one reads, where this one makes their like
-        let handed: Vec<(TensorId, TensorId, Lifetime)> = own
-            .iter()
-            .filter_map(|id| {
-                id.0.checked_sub(round.shift)
-                    .map(|before| (TensorId(before), *id))
-            })
-            .filter(|(before, _)| before.0 >= round.lowest)
-            .filter(|(before, _)| own.binary_search_by_key(&before.0, |id| id.0).is_err())
+        let handed: Vec<(TensorId, TensorId, Lifetime)> = twins
+            .into_iter()
             .map(|(before, id)| (before, id, self.life(before)))
+            .filter(|(_, _, life)| !life.own)
             .filter(|(_, _, life)| life.allocated || life.readers > 0 || life.views > 0)
             .collect();
-        // only the last run reads what other layers read too: until then it must stay
-        self.repeating = true;
-        self.mark_own(&own, true);
         for (before, ..) in &handed {
             self.edit(*before, |life| life.own = true);
         }
+        // only the last run reads what other layers read too: until then it must stay
+        self.repeating = true;
         let mut seen = Vec::new();
         let mut left = round.more;
+        let mut steps = &first;
         while left > 0 {
-            self.steps(nodes);
+            self.steps(steps);
+            steps = &own;
             left -= 1;
             let now = self.handover(&handed);
             if let Some(position) = seen.iter().rposition(|earlier| *earlier == now) {
@@ -246,18 +247,14 @@ impl Run<'_> {
                 });
             }
             for (id, life) in &fresh {
-                self.edit(*id, |slot| *slot = Lifetime { own: true, ..*life });
+                self.edit(*id, |slot| *slot = *life);
             }
         }
         self.repeating = false;
-        self.mark_own(&own, false);
-        self.steps(nodes);
-    }
-
-    fn mark_own(&mut self, own: &[TensorId], mark: bool) {
-        for id in own {
-            self.edit(*id, |life| life.own = mark);
+        for (id, _) in &own {
+            self.edit(*id, |life| life.own = false);
         }
+        self.steps(&last);
     }
 
     fn handover(&self, handed: &[(TensorId, TensorId, Lifetime)]) -> Handover {
@@ -319,8 +316,9 @@ impl Run<'_> {
             self.allocate(source, backend);
         }
         self.allocate(node, backend);
+        let runs_again = self.repeating && self.life(node).own;
         for source in tensor.sources() {
-            if self.repeating && !self.life(source).own {
+            if runs_again && !self.life(source).own {
                 continue;
             }
             self.edit(source, |life| life.readers = life.readers.saturating_sub(1));
@@ -330,7 +328,7 @@ impl Run<'_> {
             }
             let view_of = self.graph.get(source).view_of;
             if view_of.is_some() {
-                if self.repeating && !self.life(view_of).own {
+                if runs_again && !self.life(view_of).own {
                     continue;
                 }
                 self.edit(view_of, |life| life.views = life.views.saturating_sub(1));
@@ -381,10 +379,11 @@ impl Run<'_> {
     /// placed itself as its own.
     fn reuse_source(&mut self, id: TensorId) -> bool {
         let tensor = self.graph.get(id);
+        let runs_again = self.repeating && self.life(id).own;
         for source in tensor.sources() {
             let (parent, life) = (self.graph.get(source), self.life(source));
             if life.allocated
-                && (life.own || !self.repeating)
+                && (life.own || !runs_again)
                 && !parent.is_output
                 && life.readers == 1
                 && life.views == 0
@@ -412,11 +411,4 @@ impl Run<'_> {
             buffer.release(old.offset.saturating_add(kept), had - kept);
         }
     }
-}
-
-/// The nodes of a round, in arena order.
-fn own_tensors(nodes: &[(TensorId, u8)]) -> Vec<TensorId> {
-    let mut own: Vec<TensorId> = nodes.iter().map(|(id, _)| *id).collect();
-    own.sort_unstable_by_key(|id| id.0);
-    own
 }

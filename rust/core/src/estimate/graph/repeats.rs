@@ -3,6 +3,9 @@
 /// The longest pattern of layers that is looked for.
 const LONGEST_PERIOD: usize = 12;
 
+/// Layers before the round to repeat: the round finishes what the last of them began, and reads what the one before that gave.
+const LEADING_LAYERS: usize = 2;
+
 /// A round of layers that stands for many.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Repeat {
@@ -32,7 +35,7 @@ pub(super) fn representatives(kinds: &[u64]) -> (Vec<usize>, Vec<Repeat>) {
             start += 1;
             continue;
         }
-        let lead = leading_layers(period);
+        let lead = LEADING_LAYERS;
         repeats.push(Repeat {
             alike: built.len(),
             first: built.len() + lead,
@@ -45,11 +48,6 @@ pub(super) fn representatives(kinds: &[u64]) -> (Vec<usize>, Vec<Repeat>) {
     (built, repeats)
 }
 
-/// Layers before the round to repeat: the round finishes what the last of them began, and reads what the one before that gave.
-fn leading_layers(period: usize) -> usize {
-    period.max(2)
-}
-
 /// How many rounds of `period` kinds need not be built; at least one layer after them is, for it may feed the output.
 fn repeatable_rounds(kinds: &[u64], period: usize) -> usize {
     let alike = kinds
@@ -57,5 +55,5 @@ fn repeatable_rounds(kinds: &[u64], period: usize) -> usize {
         .zip(kinds.iter().skip(period))
         .take_while(|(a, b)| a == b)
         .count();
-    (alike + period).saturating_sub(leading_layers(period) + period + 1) / period
+    (alike + period).saturating_sub(LEADING_LAYERS + period + 1) / period
 }

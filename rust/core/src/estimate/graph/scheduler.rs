@@ -61,6 +61,19 @@ pub(super) struct Round {
     pub(super) more: usize,
 }
 
+/// The nodes of a round.
+#[derive(Debug, Default)]
+pub(super) struct RoundNodes {
+    /// What its first run does.
+    pub(super) first: Vec<(TensorId, u8)>,
+    /// What every run does.
+    pub(super) own: Vec<(TensorId, u8)>,
+    /// What its last run does.
+    pub(super) last: Vec<(TensorId, u8)>,
+    /// Pairs of tensors: the round makes the second as the round before made the first.
+    pub(super) twins: Vec<(TensorId, TensorId)>,
+}
+
 #[derive(Debug)]
 struct Split {
     backend: u8,
@@ -89,7 +102,7 @@ impl Schedule {
                 .extend(graph.leaves.iter().map(|leaf| (*leaf, 0)));
             self.layer_starts
                 .extend(graph.marks.iter().map(|mark| mark.nodes));
-            return self.find_rounds(graph);
+            return self.find_rounds(graph, backends);
         }
         self.assign(graph, backends);
         self.copy_of.clear();
@@ -102,7 +115,7 @@ impl Schedule {
         );
         self.split(graph, backends);
         self.collect(graph, backends);
-        self.find_rounds(graph)
+        self.find_rounds(graph, backends)
     }
 
     /// Whether every flash attention runs where its layer is (`llama_context::resolve_fused_ops`).
@@ -123,36 +136,88 @@ impl Schedule {
             .all(|(id, il)| self.backend(*id) == batch.layer_backend(*il))
     }
 
-    fn find_rounds(&mut self, graph: &Graph) -> bool {
+    fn find_rounds(&mut self, graph: &Graph, backends: Backends) -> bool {
+        let known = self.backend_of.len();
         for repeat in &graph.repeats {
-            let marks = (
+            let last = repeat.first + repeat.period;
+            let (Some(from), Some(to), Some(lowest)) = (
                 graph.marks.get(repeat.first),
-                graph.marks.get(repeat.first + repeat.period),
-            );
-            let (Some(from), Some(to)) = marks else {
+                graph.marks.get(last),
+                graph.marks.get(repeat.alike),
+            ) else {
                 return false;
             };
-            let starts = (
+            let (Some(&start), Some(&end)) = (
                 self.layer_starts.get(repeat.first),
-                self.layer_starts.get(repeat.first + repeat.period),
-            );
-            let (Some(start), Some(end)) = starts else {
+                self.layer_starts.get(last),
+            ) else {
                 return false;
             };
-            if end.saturating_sub(*start) != to.nodes.saturating_sub(from.nodes) {
+            // pipelined copies lie side by side from the start: each round needs its own
+            let copies = |(id, _): &(TensorId, u8)| id.index() >= known;
+            let nodes = self.nodes.get(start..end).unwrap_or_default();
+            if backends.copies > 1 && nodes.iter().any(copies) {
                 return false;
             }
-            let shift = u32::try_from(to.tensors.saturating_sub(from.tensors)).unwrap_or(0);
-            let lowest = graph.marks.get(repeat.alike).map_or(0, |mark| mark.tensors);
             self.rounds.push(Round {
-                lowest: u32::try_from(lowest).unwrap_or(0),
-                start: *start,
-                end: *end,
-                shift,
+                lowest: u32::try_from(lowest.tensors).unwrap_or(0),
+                start,
+                end,
+                shift: u32::try_from(to.tensors.saturating_sub(from.tensors)).unwrap_or(0),
                 more: repeat.more,
             });
         }
         true
+    }
+
+    /// What a round is made of.
+    pub(super) fn round_nodes(&self, graph: &Graph, round: Round) -> RoundNodes {
+        let known = self.backend_of.len();
+        let nodes = self.nodes.get(round.start..round.end).unwrap_or_default();
+        let read_here = |id: TensorId| {
+            nodes
+                .iter()
+                .filter(|(node, _)| node.index() < known)
+                .any(|(node, _)| graph.get(*node).sources().any(|source| source == id))
+        };
+        let before = |id: TensorId| id.0.checked_sub(round.shift).filter(|n| *n >= round.lowest);
+        let mut parts = RoundNodes::default();
+        let mut rest = nodes.iter().copied();
+        while let Some((id, backend)) = rest.next() {
+            if id.index() < known {
+                parts.first.push((id, backend));
+                if id.0 < round.lowest {
+                    continue; // what all layers share is made once
+                }
+                parts.own.push((id, backend));
+                parts.last.push((id, backend));
+                if let Some(twin) = before(id) {
+                    parts.twins.push((TensorId(twin), id));
+                }
+                continue;
+            }
+            // a keeper, and the copy that it keeps the source for
+            let [source, ..] = graph.get(id).sources;
+            let pair = [Some((id, backend)), rest.next()].into_iter().flatten();
+            let Some((copy, to)) = pair.clone().last() else {
+                continue;
+            };
+            if source.0 >= round.lowest {
+                parts.first.extend(pair.clone());
+                parts.own.extend(pair.clone());
+                parts.last.extend(pair);
+                let twin = before(source).map(|twin| self.copy_slot(TensorId(twin), to, known));
+                let twin = twin.and_then(|slot| self.copy_of.get(slot).copied());
+                if let Some(twin) = twin.filter(|twin| twin.is_some()) {
+                    parts.twins.push((twin, copy));
+                }
+            } else if read_here(copy) {
+                parts.first.extend(pair);
+            } else {
+                parts.last.extend(pair); // for a layer behind the rounds
+            }
+        }
+        parts
     }
 
     fn backend(&self, id: TensorId) -> u8 {

@@ -2,13 +2,20 @@
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::cast_sign_loss)]
 
+use std::fs;
+use std::path::Path;
+
 use proptest::prelude::*;
 
 use super::allocator::Buffer;
 use super::ops::Graph;
 use super::repeats::representatives;
+use super::reserve::Batch;
 use super::tensor::Op;
-use crate::gguf::GgmlType;
+use super::{Workspace, plan};
+use crate::estimate::{Backend, CpuMoe, EstimateOptions, FlashAttention, Layout};
+use crate::gguf::{GgmlType, Header, parse};
+use crate::model::ModelFacts;
 
 proptest! {
     #[test]
@@ -89,4 +96,104 @@ fn strides_decide_how_many_bytes_a_view_spans() {
     assert_eq!(graph.get(half).op, Op::View);
     let joined = graph.cont(half);
     assert_eq!(graph.get(joined).bytes(), 128);
+}
+
+/// The carried models, by name.
+fn carried_models() -> Vec<(String, ModelFacts)> {
+    let folder =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/data/ground_truth/headers");
+    let mut files: Vec<_> = fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .collect();
+    files.sort();
+    files
+        .iter()
+        .map(|file| {
+            let mut packed = lzma_rust2::XzReader::new(fs::File::open(file).unwrap(), false);
+            let mut bytes = Vec::new();
+            std::io::Read::read_to_end(&mut packed, &mut bytes).unwrap();
+            let parsed = parse(&bytes, 1 << 50).unwrap();
+            let header = Header {
+                version: parsed.version,
+                byte_order: parsed.byte_order,
+                alignment: parsed.alignment,
+                metadata: parsed.metadata,
+                tensors: parsed.tensors,
+                shards: Vec::new(),
+                file_bytes: 1 << 50,
+                path: file.clone(),
+            };
+            let name = file.file_name().unwrap().to_string_lossy().into_owned();
+            (name, ModelFacts::from_header(&header).unwrap())
+        })
+        .collect()
+}
+
+/// Options under which layers differ, splits begin within layers, or attention runs on another backend.
+fn options(facts: &ModelFacts) -> Vec<EstimateOptions> {
+    let layers = facts.layer_count();
+    let mut all = Vec::new();
+    for backend in [Backend::Cuda, Backend::Generic] {
+        for flash_attention in [
+            FlashAttention::Auto,
+            FlashAttention::On,
+            FlashAttention::Off,
+        ] {
+            for (devices, gpu_layers) in [
+                (1, None),
+                (1, Some(layers / 2)),
+                (1, Some(0)),
+                (1, Some(layers)),
+                (2, None),
+                (3, Some(layers * 2 / 3)),
+                (0, None),
+            ] {
+                for (kv_offload, cpu_moe_layers) in [
+                    (true, CpuMoe::None),
+                    (false, CpuMoe::None),
+                    (true, CpuMoe::All),
+                    (false, CpuMoe::Layers(layers / 3)),
+                ] {
+                    all.push(EstimateOptions {
+                        context_length: 8192,
+                        backend,
+                        flash_attention,
+                        devices,
+                        gpu_layers,
+                        kv_offload,
+                        cpu_moe_layers,
+                        ..EstimateOptions::default()
+                    });
+                }
+            }
+        }
+    }
+    all
+}
+
+#[test]
+fn repeated_layers_cost_what_they_cost_one_by_one() {
+    let mut workspace = Workspace::default();
+    let mut wrong = Vec::new();
+    for (name, facts) in carried_models() {
+        for options in options(&facts) {
+            let Ok(resolved) = options.resolve(&facts) else {
+                continue;
+            };
+            let layout = Layout::new(facts.layer_count(), &options);
+            let batch = Batch::new(&options, &resolved, &layout);
+            let may_do_without = options.flash_attention == FlashAttention::Auto;
+            let mut each = batch.clone();
+            each.every_layer = true;
+            let quick = plan(&mut workspace, &facts, batch, may_do_without);
+            let slow = plan(&mut workspace, &facts, each, may_do_without);
+            if quick != slow {
+                wrong.push(format!(
+                    "{name}: {quick:?} is not {slow:?} with {options:?}"
+                ));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}: {}", wrong.len(), wrong.join("\n"));
 }
