@@ -5,8 +5,10 @@ The base package needs nothing but the standard library; the proxy lives in the
 """
 
 from llama_gpu._core import (
+    Alternative,
     Claim,
     DeviceMemory,
+    Explanation,
     Gpu,
     GpuProcess,
     GpuSnapshot,
@@ -26,6 +28,7 @@ from llama_gpu._core import (
     Tensor,
     Wanted,
     __version__,
+    explain,
     has_host_pids,
     place,
     plan,
@@ -50,11 +53,13 @@ from llama_gpu.errors import (
 from llama_gpu.tiers import EstimateOptions, estimate
 
 __all__ = [
+    "Alternative",
     "Claim",
     "ConfigError",
     "DeviceMemory",
     "DoesNotFitError",
     "EstimateOptions",
+    "Explanation",
     "Gpu",
     "GpuError",
     "GpuProcess",
@@ -86,6 +91,7 @@ __all__ = [
     "Wanted",
     "__version__",
     "estimate",
+    "explain",
     "has_host_pids",
     "place",
     "plan",

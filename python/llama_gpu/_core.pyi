@@ -9,9 +9,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any, Literal, Self, final, overload
 
+from llama_gpu.errors import DoesNotFitError
+
 __all__ = [
+    "Alternative",
     "Claim",
     "DeviceMemory",
+    "Explanation",
     "Gpu",
     "GpuProcess",
     "GpuSnapshot",
@@ -32,6 +36,7 @@ __all__ = [
     "Wanted",
     "__version__",
     "estimate",
+    "explain",
     "has_host_pids",
     "place",
     "plan",
@@ -620,7 +625,7 @@ class Policy:
 
     Raises:
         ValueError: an unknown strategy or use of the CPU; the known ones are named.
-        TypeError: a GPU in ``allowed`` that is neither an index nor a UUID.
+        TypeError: a GPU in ``allowed`` or ``headroom_by_gpu`` that is neither an index nor a UUID.
     """
 
     def __new__(
@@ -628,6 +633,7 @@ class Policy:
         *,
         strategy: Literal["single-gpu-preferred", "distribute", "pack"] = "single-gpu-preferred",
         headroom_bytes: int = 0,
+        headroom_by_gpu: dict[int | str, int] | None = None,
         max_gpus: int | None = None,
         allowed: Iterable[int | str] | None = None,
         cpu: Literal["never", "partial", "allow"] = "never",
@@ -645,6 +651,10 @@ class Policy:
     @property
     def headroom_bytes(self) -> int:
         """Bytes that must stay free on every GPU that is used."""
+
+    @property
+    def headroom_by_gpu(self) -> dict[int | str, int]:
+        """The same for single GPUs, by index or UUID, in place of ``headroom_bytes``."""
 
     @property
     def max_gpus(self) -> int | None:
@@ -865,6 +875,93 @@ def place(
     """
 
 @final
+class Alternative:
+    """One way to place a model, and what became of it."""
+
+    @property
+    def step(self) -> Literal["one", "several", "one-evicting", "several-evicting", "partial", "cpu"]:
+        """The step of ``place``'s order that it belongs to."""
+
+    @property
+    def outcome(self) -> Literal["taken", "fits", "short", "refused"]:
+        """The model goes there, would fit as well, lacks bytes, or may not go there."""
+
+    @property
+    def devices(self) -> tuple[PlacedDevice, ...]:
+        """The GPUs with what they would hold; where it is short, in the split that lacks the least."""
+
+    @property
+    def free_bytes_by_gpu(self) -> dict[str, int]:
+        """What these GPUs have for the model, by UUID, once those who would leave have left."""
+
+    @property
+    def short_bytes(self) -> int:
+        """How many bytes these GPUs lack, together."""
+
+    @property
+    def evict(self) -> tuple[str, ...]:
+        """Who would leave, the cheapest to lose first; where it is short, everybody who may."""
+
+    @property
+    def eviction_cost(self) -> int:
+        """What their leaving would cost, as ``Running.eviction_cost``."""
+
+    @property
+    def reason(self) -> str:
+        """Why, in words."""
+
+    def __eq__(self, other: object, /) -> bool: ...
+
+@final
+class Explanation:
+    """Where a model goes, or why nowhere, with what became of the alternatives."""
+
+    @property
+    def placement(self) -> Placement | None:
+        """What ``place`` answers; None where it raises."""
+
+    @property
+    def refusal(self) -> DoesNotFitError | None:
+        """What ``place`` raises; None where it answers."""
+
+    @property
+    def alternatives(self) -> tuple[Alternative, ...]:
+        """Every step of the order up to the one that led there; of thousands of GPUs, some."""
+
+    @property
+    def staying(self) -> dict[str, str]:
+        """Who runs and may not leave, by id, with the reason in words."""
+
+    def __eq__(self, other: object, /) -> bool: ...
+
+def explain(
+    model: str | PathLike[str] | Header,
+    gpus: GpuSnapshot | Iterable[Gpu],
+    *,
+    policy: Policy | None = None,
+    running: Iterable[Running] = (),
+    **options: Any,
+) -> Explanation:
+    """Decide as ``place``, and list every step of its order with what became of it.
+
+    It takes milliseconds where ``place`` takes microseconds.
+
+    Args:
+        model: a GGUF file, or its header.
+        gpus: the GPUs there are.
+        policy: where it may go; None is ``Policy()``.
+        running: the models that hold memory now.
+        options: what ``place`` takes of ``estimate``.
+
+    Raises:
+        ValueError: an option is out of range, or llama.cpp refuses it for this model; it is named.
+        TypeError: an unknown keyword.
+        UnsupportedModelError: the file is valid but no language model.
+        OSError: the file cannot be read.
+        InvalidGgufError: the file breaks the format.
+    """
+
+@final
 class Wanted:
     """A model that should be resident, as ``plan`` is asked for it. The header is read here.
 
@@ -875,6 +972,7 @@ class Wanted:
         priority: a step up is worth four times as much.
         pinned: whether the plan must contain it.
         allowed: the only GPUs it may use; None for those of the policy.
+        max_gpus: at most so many GPUs; None for those of the policy.
         options: what ``place`` takes of ``estimate``.
 
     Raises:
@@ -894,6 +992,7 @@ class Wanted:
         priority: int = 0,
         pinned: bool = False,
         allowed: Iterable[int | str] | None = None,
+        max_gpus: int | None = None,
         **options: Any,
     ) -> Self: ...
     @property
@@ -938,9 +1037,9 @@ def plan(
     """Find the models that are worth the most together, and the place of each.
 
     Pinned models are always among them. A model that is too large for any one GPU is split over
-    the fewest. The plan is one that no exchange over one or two GPUs makes better; it takes
-    milliseconds and keeps the interpreter. ``strategy`` and ``cpu`` of the policy count for models
-    that are split only.
+    the fewest, and so is one that finds no room on one beside the others. The search is bounded: it
+    takes milliseconds and keeps the interpreter, and the plan is not always the best there is.
+    ``strategy`` and ``cpu`` of the policy count for models that are split only.
 
     Raises:
         DoesNotFitError: the pinned models cannot stand together; says which is short of how much, where.

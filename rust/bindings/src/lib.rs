@@ -2,6 +2,7 @@
 
 mod errors;
 mod estimate;
+mod explain;
 mod gguf;
 mod gpu;
 mod ledger;
@@ -16,6 +17,8 @@ mod _core {
     #[pymodule_export]
     use crate::estimate::{PyDeviceMemory, PyMemoryEstimate, estimate};
 
+    #[pymodule_export]
+    use crate::explain::{PyAlternative, PyExplanation, explain};
     #[pymodule_export]
     use crate::gguf::{PyHeader, PyShard, PyTensor, read_header};
     #[pymodule_export]

@@ -36,12 +36,14 @@ pub(crate) struct PyPolicy(pub(crate) Policy);
 
 #[pymethods]
 impl PyPolicy {
+    #[expect(clippy::too_many_arguments, reason = "keywords of a Python class")]
     #[new]
-    #[pyo3(signature = (*, strategy="single-gpu-preferred", headroom_bytes=0, max_gpus=None, allowed=None,
-        cpu="never", partial=false, priority=0))]
+    #[pyo3(signature = (*, strategy="single-gpu-preferred", headroom_bytes=0, headroom_by_gpu=None, max_gpus=None,
+        allowed=None, cpu="never", partial=false, priority=0))]
     fn new(
         strategy: &str,
         headroom_bytes: u64,
+        headroom_by_gpu: Option<&Bound<'_, PyDict>>,
         max_gpus: Option<u32>,
         allowed: Option<&Bound<'_, PyAny>>,
         cpu: &str,
@@ -53,6 +55,11 @@ impl PyPolicy {
                 .parse()
                 .map_err(|e| unknown_choice("strategy", &e))?,
             headroom_bytes,
+            headroom_by_gpu: headroom_by_gpu
+                .into_iter()
+                .flatten()
+                .map(|(name, bytes)| Ok((gpu_name("headroom_by_gpu", &name)?, bytes.extract()?)))
+                .collect::<PyResult<_>>()?,
             max_gpus,
             allowed: allowed.map(gpu_names).transpose()?,
             cpu: cpu.parse().map_err(|e| unknown_choice("cpu", &e))?,
@@ -72,6 +79,15 @@ impl PyPolicy {
     }
 
     #[getter]
+    fn headroom_by_gpu<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let headroom = PyDict::new(py);
+        for (name, bytes) in &self.0.headroom_by_gpu {
+            headroom.set_item(name_object(py, name)?, bytes)?;
+        }
+        Ok(headroom)
+    }
+
+    #[getter]
     fn max_gpus(&self) -> Option<u32> {
         self.0.max_gpus
     }
@@ -81,13 +97,7 @@ impl PyPolicy {
         let Some(names) = &self.0.allowed else {
             return Ok(None);
         };
-        let names = names.iter().map(|name| match name {
-            GpuName::Index(index) => index
-                .into_pyobject(py)
-                .map(Bound::into_any)
-                .map_err(PyErr::from),
-            GpuName::Uuid(uuid) => Ok(PyString::new(py, uuid).into_any()),
-        });
+        let names = names.iter().map(|name| name_object(py, name));
         PyTuple::new(py, names.collect::<PyResult<Vec<_>>>()?).map(Some)
     }
 
@@ -110,6 +120,7 @@ impl PyPolicy {
         let fields = PyDict::new(py);
         fields.set_item("strategy", self.strategy())?;
         fields.set_item("headroom_bytes", self.headroom_bytes())?;
+        fields.set_item("headroom_by_gpu", self.headroom_by_gpu(py)?)?;
         fields.set_item("max_gpus", self.max_gpus())?;
         fields.set_item("allowed", self.allowed(py)?)?;
         fields.set_item("cpu", self.cpu())?;
@@ -132,24 +143,31 @@ pub(crate) fn gpu_names(names: &Bound<'_, PyAny>) -> PyResult<Vec<GpuName>> {
     }
     names
         .try_iter()?
-        .map(|name| {
-            let name = name?;
-            if name.is_instance_of::<PyBool>() {
-                return Err(PyTypeError::new_err(
-                    "allowed: a GPU is named by its index or UUID",
-                ));
-            }
-            if let Ok(uuid) = name.extract::<String>() {
-                return Ok(GpuName::Uuid(uuid));
-            }
-            name.extract().map(GpuName::Index)
-        })
+        .map(|name| gpu_name("allowed", &name?))
         .collect()
+}
+
+fn gpu_name(key: &str, name: &Bound<'_, PyAny>) -> PyResult<GpuName> {
+    if name.is_instance_of::<PyBool>() {
+        let message = format!("{key}: a GPU is named by its index or UUID");
+        return Err(PyTypeError::new_err(message));
+    }
+    if let Ok(uuid) = name.extract::<String>() {
+        return Ok(GpuName::Uuid(uuid));
+    }
+    name.extract().map(GpuName::Index)
+}
+
+fn name_object<'py>(py: Python<'py>, name: &GpuName) -> PyResult<Bound<'py, PyAny>> {
+    match name {
+        GpuName::Index(index) => Ok(index.into_pyobject(py)?.into_any()),
+        GpuName::Uuid(uuid) => Ok(PyString::new(py, uuid).into_any()),
+    }
 }
 
 #[pyclass(frozen, eq, from_py_object, name = "Running", module = "llama_gpu")]
 #[derive(Clone, PartialEq)]
-pub(crate) struct PyRunning(Running);
+pub(crate) struct PyRunning(pub(crate) Running);
 
 #[pymethods]
 impl PyRunning {
@@ -250,7 +268,7 @@ impl PyRunning {
     module = "llama_gpu"
 )]
 #[derive(Clone, PartialEq, Eq, Hash)]
-pub(crate) struct PyPlacedDevice(PlacedDevice);
+pub(crate) struct PyPlacedDevice(pub(crate) PlacedDevice);
 
 #[pymethods]
 impl PyPlacedDevice {
@@ -548,6 +566,7 @@ pub(crate) fn estimate_options(
     Ok(parsed)
 }
 
+/// The error to raise, or to hand out as a value.
 pub(crate) fn does_not_fit(py: Python<'_>, refusal: &DoesNotFit) -> PyErr {
     let fields = PyDict::new(py);
     let free = PyDict::new(py);

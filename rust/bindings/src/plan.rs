@@ -27,14 +27,17 @@ pub(crate) struct PyWanted {
     priority: i32,
     pinned: bool,
     allowed: Option<Vec<GpuName>>,
+    max_gpus: Option<u32>,
     /// What it was made of, to make another.
     fields: Py<PyDict>,
 }
 
 #[pymethods]
 impl PyWanted {
+    #[expect(clippy::too_many_arguments, reason = "keywords of a Python class")]
     #[new]
-    #[pyo3(signature = (model, *, id=None, value=1.0, priority=0, pinned=false, allowed=None, **options))]
+    #[pyo3(signature = (model, *, id=None, value=1.0, priority=0, pinned=false, allowed=None, max_gpus=None,
+        **options))]
     fn new(
         model: &Bound<'_, PyAny>,
         id: Option<String>,
@@ -42,6 +45,7 @@ impl PyWanted {
         priority: i32,
         pinned: bool,
         allowed: Option<&Bound<'_, PyAny>>,
+        max_gpus: Option<u32>,
         options: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<Self> {
         let py = model.py();
@@ -64,6 +68,7 @@ impl PyWanted {
         fields.set_item("priority", priority)?;
         fields.set_item("pinned", pinned)?;
         fields.set_item("allowed", allowed)?;
+        fields.set_item("max_gpus", max_gpus)?;
         Ok(Self {
             id,
             facts,
@@ -72,6 +77,7 @@ impl PyWanted {
             priority,
             pinned,
             allowed: allowed.map(gpu_names).transpose()?,
+            max_gpus,
             fields: fields.unbind(),
             header,
         })
@@ -117,6 +123,7 @@ impl PyWanted {
             priority: self.priority,
             pinned: self.pinned,
             allowed: self.allowed.clone(),
+            max_gpus: self.max_gpus,
         }
     }
 }

@@ -303,6 +303,25 @@ fn only_allowed_gpus_are_used_and_headroom_is_left() {
 }
 
 #[test]
+fn headroom_of_its_own_counts_in_place_of_the_common_one() {
+    let facts = SMALL.facts();
+    let gpus = [gpu(0, 8, 8), gpu(1, 24, 24)];
+    for name in [GpuName::Index(0), GpuName::Uuid("GPU-0".to_owned())] {
+        let more = Policy {
+            headroom_by_gpu: vec![(name.clone(), 6 * GIB)],
+            ..Policy::default()
+        };
+        assert_eq!(indices(&placed(&facts, &gpus, &more, &[])), [1]);
+        let less = Policy {
+            headroom_bytes: 22 * GIB,
+            headroom_by_gpu: vec![(name, GIB)],
+            ..Policy::default()
+        };
+        assert_eq!(indices(&placed(&facts, &gpus, &less, &[])), [0]);
+    }
+}
+
+#[test]
 fn an_idle_model_leaves_where_room_is_needed_and_a_busy_one_never() {
     let facts = SMALL.facts();
     let gpus = [gpu(0, 8, 1), gpu(1, 8, 1)];

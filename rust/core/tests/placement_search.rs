@@ -74,7 +74,12 @@ fn toys() -> impl Strategy<Value = Toy> {
 }
 
 fn boxes(most: usize) -> impl Strategy<Value = Vec<Gpu>> {
-    prop::collection::vec((0_u64..40, 0_u64..40), 0..=most).prop_map(|sizes| {
+    boxes_with(most, 40)
+}
+
+/// GPUs with less than so much free each.
+fn boxes_with(most: usize, free: u64) -> impl Strategy<Value = Vec<Gpu>> {
+    prop::collection::vec((0_u64..free, 0_u64..40), 0..=most).prop_map(|sizes| {
         let gpu_of =
             |(index, (free, used)): (usize, &(u64, u64))| gpu(index as u32, free + used, *free);
         sizes.iter().enumerate().map(gpu_of).collect()
@@ -83,7 +88,16 @@ fn boxes(most: usize) -> impl Strategy<Value = Vec<Gpu>> {
 
 /// Running models whose bytes lie within what is used on the GPUs of the box.
 fn tenants(gpus: usize, most: usize) -> impl Strategy<Value = Vec<Running>> {
-    let held = prop::collection::vec((0..gpus.max(1), 1_u64..12), 1..3);
+    tenants_holding(gpus, 0..=most, 12)
+}
+
+/// So many running models that hold less than so much on each of their GPUs.
+fn tenants_holding(
+    gpus: usize,
+    number: std::ops::RangeInclusive<usize>,
+    bytes: u64,
+) -> impl Strategy<Value = Vec<Running>> {
+    let held = prop::collection::vec((0..gpus.max(1), 1_u64..bytes), 1..3);
     let one = (held, 0_u8..10, 1_u32..20, -1_i32..2).prop_map(|(held, state, reload, priority)| {
         Running {
             bytes_by_gpu: held
@@ -97,7 +111,7 @@ fn tenants(gpus: usize, most: usize) -> impl Strategy<Value = Vec<Running>> {
             ..Running::default()
         }
     });
-    prop::collection::vec(one, 0..=most)
+    prop::collection::vec(one, number)
 }
 
 /// So many cases unless `PROPTEST_CASES` says otherwise; failures are kept in no file.
@@ -270,8 +284,66 @@ proptest! {
     }
 }
 
+/// Whether devices with these budgets hold all layers: which numbers of layers each prefix of
+/// them can hold, as bits.
+fn some_split_fits(toy: &Toy, budgets: &[u64]) -> bool {
+    let layers = toy.layers.len();
+    let pipeline = if budgets.len() > 1 { toy.pipeline } else { 0 };
+    let mut reached = 1_u32;
+    for (place, budget) in budgets.iter().enumerate() {
+        let logits = if place + 1 == budgets.len() {
+            toy.logits
+        } else {
+            0
+        };
+        let mut next = 0;
+        for from in (0..layers).filter(|from| reached & (1 << from) != 0) {
+            let mut bytes = toy.overhead + logits + pipeline;
+            for (to, layer) in (from + 1..).zip(&toy.layers[from..]) {
+                bytes += layer;
+                if bytes <= *budget {
+                    next |= 1 << to;
+                }
+            }
+        }
+        reached = next;
+    }
+    reached & (1 << layers) != 0
+}
+
+/// What the house order comes to: without evicting if that can be, else the fewest GPUs, and on
+/// those the cheapest set of leavers.
+fn fewest_and_cheapest(toy: &Toy, gpus: &[Gpu], running: &[Running]) -> Option<(usize, u64)> {
+    let mut leaving = leaving_sets(running, 0);
+    leaving.sort_by_key(|(_, cost)| *cost);
+    let everybody = leaving
+        .iter()
+        .map(|(set, _)| *set)
+        .fold(0, |all, set| all | set);
+    let fits = |size: usize, leaving: u32| {
+        let budgets = budgets(gpus, running, leaving, 0);
+        (0_u32..1 << gpus.len())
+            .filter(|set| set.count_ones() as usize == size)
+            .any(|set| {
+                let chosen: Vec<u64> = (0..gpus.len())
+                    .filter(|gpu| set & (1 << gpu) != 0)
+                    .map(|gpu| budgets[gpu])
+                    .collect();
+                some_split_fits(toy, &chosen)
+            })
+    };
+    let without = (1..=gpus.len())
+        .find(|size| fits(*size, 0))
+        .map(|size| (size, 0));
+    without.or_else(|| {
+        let size = (1..=gpus.len()).find(|size| fits(*size, everybody))?;
+        let (_, cost) = leaving.iter().find(|(set, _)| fits(size, *set))?;
+        Some((size, *cost))
+    })
+}
+
 proptest! {
-    #![proptest_config(cases(1_000))]
+    #![proptest_config(cases(3_000))]
 
     #[test]
     fn evicts_the_cheapest_set_and_only_when_it_helps(
@@ -306,6 +378,24 @@ proptest! {
             }
             let evicting = matches!(decision.step, Step::OneEvicting | Step::SeveralEvicting);
             prop_assert_eq!(evicting, !decision.evict.is_empty());
+        }
+    }
+
+    #[test]
+    fn evicts_the_cheapest_of_many_from_as_few_gpus_as_can_be(
+        toy in toys(),
+        (gpus, running) in boxes_with(6, 8).prop_flat_map(|gpus| {
+            let count = gpus.len();
+            (Just(gpus), tenants_holding(count, 8..=12, 25))
+        }),
+        strategy in strategies(),
+    ) {
+        let policy = Policy { strategy, ..Policy::default() };
+        let decision = decide(&toy, None, &gpus, &policy, &all(&running)).unwrap();
+        let found = decision.as_ref().map(|found| (found.shares.len(), cost_of(found, &running)));
+        prop_assert_eq!(found, fewest_and_cheapest(&toy, &gpus, &running), "{:?}", decision);
+        if let Some(decision) = decision {
+            assert_within_budgets(&decision, &gpus, &running, 0);
         }
     }
 

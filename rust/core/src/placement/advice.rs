@@ -255,7 +255,14 @@ fn wider_policy(question: &Question<'_>) -> Option<String> {
     {
         return Some(format!("more than {most} GPUs"));
     }
-    if policy.headroom_bytes > 0 && without(&|policy| policy.headroom_bytes = 0) {
+    let spared = |policy: &mut Policy| {
+        policy.headroom_bytes = 0;
+        policy.headroom_by_gpu.clear();
+    };
+    if !policy.headroom_by_gpu.is_empty() && without(&spared) {
+        return Some("less headroom".to_owned());
+    }
+    if policy.headroom_bytes > 0 && without(&spared) {
         return Some(format!(
             "less headroom than {}",
             size(policy.headroom_bytes)

@@ -31,25 +31,30 @@ pub(crate) struct Candidate {
 impl Candidate {
     fn new(slot: usize, gpu: &Gpu, policy: &Policy) -> Option<Self> {
         let free = gpu.free_bytes.filter(|_| gpu.accepts_models())?;
+        let headroom = policy.headroom_on(gpu);
         let capacity = gpu
             .total_bytes
             .map_or(u64::MAX, |total| {
                 total.saturating_sub(gpu.reserved_bytes.unwrap_or(0))
             })
             .max(free);
-        let hot = gpu.temperature.is_some_and(|celsius| celsius > HOT_CELSIUS);
+        let hot = gpu.temperature.is_some_and(Self::is_hot);
         Some(Self {
             slot,
             index: gpu.index,
             free,
             capacity,
-            headroom: policy.headroom_bytes,
-            budget: free.saturating_sub(policy.headroom_bytes),
+            headroom,
+            budget: free.saturating_sub(headroom),
             mig: gpu.mig,
             avoid: hot || matches!(gpu.health, GpuHealth::Degraded(_)),
             // A driver without separate figures counts its own share as used: a tenth is not a model.
             empty: capacity.saturating_sub(free) <= capacity / 10,
         })
+    }
+
+    pub(crate) fn is_hot(celsius: u32) -> bool {
+        celsius > HOT_CELSIUS
     }
 
     /// What it has for a newcomer once models that hold `freed` bytes here have left.
@@ -86,10 +91,5 @@ pub(crate) fn candidates<G: Borrow<Gpu>>(gpus: &[G], policy: &Policy) -> Vec<Can
 }
 
 fn is_allowed(gpu: &Gpu, allowed: Option<&[GpuName]>) -> bool {
-    allowed.is_none_or(|names| {
-        names.iter().any(|name| match name {
-            GpuName::Index(index) => *index == gpu.index,
-            GpuName::Uuid(uuid) => *uuid == gpu.uuid || Some(uuid) == gpu.parent_uuid.as_ref(),
-        })
-    })
+    allowed.is_none_or(|names| names.iter().any(|name| name.names(gpu)))
 }

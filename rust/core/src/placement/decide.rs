@@ -48,6 +48,20 @@ pub enum Step {
     Cpu,
 }
 
+impl Step {
+    /// The name in Python and JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::One => "one",
+            Self::Several => "several",
+            Self::OneEvicting => "one-evicting",
+            Self::SeveralEvicting => "several-evicting",
+            Self::Partial => "partial",
+            Self::Cpu => "cpu",
+        }
+    }
+}
+
 /// A device of a decision.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Share {
@@ -124,21 +138,21 @@ pub fn decide<M: MemoryModel, G: Borrow<Gpu>>(
     }))
 }
 
-struct Search<'a, M, G> {
-    model: &'a M,
+pub(super) struct Search<'a, M, G> {
+    pub(super) model: &'a M,
     layers: &'a Layers,
     gpus: &'a [G],
     policy: &'a Policy,
-    candidates: Vec<Candidate>,
+    pub(super) candidates: Vec<Candidate>,
     /// How many of the candidates can be one of several: a process sees one MIG device at most.
-    joinable: usize,
+    pub(super) joinable: usize,
     wanted: usize,
     /// What all the wanted layers need on one GPU.
-    alone_bytes: u64,
+    pub(super) alone_bytes: u64,
 }
 
 impl<'a, M: MemoryModel, G: Borrow<Gpu>> Search<'a, M, G> {
-    fn new(
+    pub(super) fn new(
         model: &'a M,
         layers: &'a Layers,
         gpus: &'a [G],
@@ -247,7 +261,7 @@ impl<'a, M: MemoryModel, G: Borrow<Gpu>> Search<'a, M, G> {
 
     /// Chooses a set of `devices` GPUs, splits the layers over it and asks for the exact bytes;
     /// chooses anew with what that taught, where a device turns out too small.
-    fn settle(
+    pub(super) fn settle(
         &self,
         step: Step,
         wanted: usize,
@@ -284,7 +298,7 @@ impl<'a, M: MemoryModel, G: Borrow<Gpu>> Search<'a, M, G> {
 
     /// The chain for the last `wanted` layers; what a device needs besides its layers is taken
     /// from the exact estimate of an even split.
-    fn chain(&self, wanted: usize, devices: usize) -> Result<Chain<'a>, M::Error> {
+    pub(super) fn chain(&self, wanted: usize, devices: usize) -> Result<Chain<'a>, M::Error> {
         let even = even_split(count(wanted), devices);
         let mut chain = Chain {
             layers: self.layers,
@@ -295,7 +309,7 @@ impl<'a, M: MemoryModel, G: Borrow<Gpu>> Search<'a, M, G> {
         Ok(chain)
     }
 
-    fn set_sizes(&self) -> std::ops::RangeInclusive<usize> {
+    pub(super) fn set_sizes(&self) -> std::ops::RangeInclusive<usize> {
         let allowed = self
             .policy
             .max_gpus
@@ -304,7 +318,7 @@ impl<'a, M: MemoryModel, G: Borrow<Gpu>> Search<'a, M, G> {
         2..=most.min(self.joinable).min(self.wanted)
     }
 
-    fn evictable(&self, running: &[&Running]) -> Evictable {
+    pub(super) fn evictable(&self, running: &[&Running]) -> Evictable {
         let holders = running.iter().flat_map(|model| &model.bytes_by_gpu);
         let mut places: HashMap<&str, Option<usize>> =
             holders.map(|(uuid, _)| (uuid.as_str(), None)).collect();
@@ -319,7 +333,7 @@ impl<'a, M: MemoryModel, G: Borrow<Gpu>> Search<'a, M, G> {
     }
 
     /// The GPUs that can be joined, with what they have once all who may have left.
-    fn pool(&self, evictable: &Evictable) -> Pool<'_> {
+    pub(super) fn pool(&self, evictable: &Evictable) -> Pool<'_> {
         let members = self.candidates.get(..self.joinable).unwrap_or_default();
         let freed = evictable.freed_by_all(members.len());
         let budgets = members
@@ -355,7 +369,7 @@ impl<'a, M: MemoryModel, G: Borrow<Gpu>> Search<'a, M, G> {
             .collect()
     }
 
-    fn decision(
+    pub(super) fn decision(
         &self,
         step: Step,
         (set, cover): (Vec<usize>, Cover),

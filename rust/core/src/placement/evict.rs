@@ -85,6 +85,11 @@ impl Evictable {
         leaving.fold(0, |sum, model| sum.saturating_add(model.bytes_on(place)))
     }
 
+    /// Who holds something on these candidates.
+    pub(crate) fn owners_on(&self, places: &[usize]) -> Vec<usize> {
+        self.on(places).iter().map(|leaver| leaver.owner).collect()
+    }
+
     /// Those who hold something on these candidates, the cheapest per byte first.
     fn on(&self, places: &[usize]) -> Vec<Leaver> {
         let mut leavers: Vec<_> = self
@@ -143,19 +148,44 @@ pub(crate) fn single(
         let Some(shortage) = candidate.shortage(need).filter(|&short| short <= all) else {
             continue;
         };
-        let cover = cheapest_cover(
-            &evictable.on(&[place]),
-            1,
-            u128::from(shortage),
-            cheapest.below(),
-            &mut steps,
-            |freed| freed.first().is_some_and(|&bytes| bytes >= shortage),
-        );
-        if let Some(cover) = cover {
+        let leavers = evictable.on(&[place]);
+        if let Some(cover) = cover_of_one(&leavers, shortage, cheapest.below(), &mut steps) {
             cheapest.consider(single_rank(candidate, strategy), place, cover);
         }
     }
     cheapest.taken()
+}
+
+fn cover_of_one(leavers: &[Leaver], shortage: u64, below: u64, steps: &mut Steps) -> Option<Cover> {
+    let enough = |freed: &[u64]| freed.first().is_some_and(|&bytes| bytes >= shortage);
+    cheapest_cover(leavers, 1, u128::from(shortage), below, steps, enough)
+}
+
+/// Who leaves for `need` bytes on this GPU, the cheapest set; `None` where that is no help.
+pub(crate) fn on_one(
+    place: usize,
+    candidate: &Candidate,
+    need: u64,
+    evictable: &Evictable,
+) -> Option<Cover> {
+    let shortage = candidate.shortage(need)?;
+    cover_of_one(
+        &evictable.on(&[place]),
+        shortage,
+        u64::MAX,
+        &mut Steps(STEPS),
+    )
+}
+
+/// Who leaves for the chain on these GPUs, the cheapest set; `None` where that is no help.
+pub(crate) fn on_set(
+    pool: &Pool<'_>,
+    set: &[usize],
+    chain: &Chain<'_>,
+    evictable: &Evictable,
+) -> Option<Cover> {
+    let offer = Offer::new(pool, set.to_vec(), chain, evictable);
+    offer.cover(pool, chain, u64::MAX, &mut Steps(STEPS))
 }
 
 /// The set of GPUs on which room for the chain is cheapest, and who leaves for it.
@@ -175,26 +205,12 @@ pub(crate) fn several(
     offers.sort_by_key(|offer| offer.least);
     let mut steps = Steps(STEPS);
     let mut cheapest = Cheapest { best: None };
-    for Offer {
-        least,
-        missing,
-        leavers,
-        set,
-    } in offers
-    {
-        if least >= cheapest.below() {
+    for offer in offers {
+        if offer.least >= cheapest.below() {
             break;
         }
-        let cover = cheapest_cover(
-            &leavers,
-            set.len(),
-            missing,
-            cheapest.below(),
-            &mut steps,
-            |freed| chain.fits(&pool.budgets_after(&set, freed)),
-        );
-        if let Some(cover) = cover {
-            cheapest.consider(pool.rank(&set, strategy), set, cover);
+        if let Some(cover) = offer.cover(pool, chain, cheapest.below(), &mut steps) {
+            cheapest.consider(pool.rank(&offer.set, strategy), offer.set, cover);
         }
     }
     cheapest.taken()
@@ -210,6 +226,24 @@ struct Offer {
 }
 
 impl Offer {
+    fn cover(
+        &self,
+        pool: &Pool<'_>,
+        chain: &Chain<'_>,
+        below: u64,
+        steps: &mut Steps,
+    ) -> Option<Cover> {
+        let enough = |freed: &[u64]| chain.fits(&pool.budgets_after(&self.set, freed));
+        cheapest_cover(
+            &self.leavers,
+            self.set.len(),
+            self.missing,
+            below,
+            steps,
+            enough,
+        )
+    }
+
     fn new(pool: &Pool<'_>, set: Vec<usize>, chain: &Chain<'_>, evictable: &Evictable) -> Self {
         let now = pool.budgets_after(&set, &vec![0; set.len()]);
         let now: u128 = now.into_iter().map(u128::from).sum();

@@ -10,6 +10,7 @@
 //! same values in give the same placement out.
 
 mod advice;
+mod alternatives;
 mod assign;
 mod candidate;
 mod cover;
@@ -17,7 +18,9 @@ mod decide;
 mod evict;
 mod explain;
 mod ledger;
+mod listing;
 mod pack;
+mod packing;
 mod place;
 mod plan;
 mod policy;
@@ -25,8 +28,10 @@ mod refusal;
 mod split;
 mod words;
 
+pub use alternatives::{Explanation, explain};
 pub use decide::{Decision, MemoryModel, Share, Step, decide};
 pub use ledger::{BytesByPool, Claim, HOST, Lease, LeaseState, Ledger, Refused};
+pub use listing::{Alternative, Outcome};
 pub use place::{
     DoesNotFit, Mode, PlaceError, PlacedDevice, Placement, Remembered, place, place_again,
 };

@@ -88,7 +88,7 @@ impl<'a> Pool<'a> {
     }
 
     /// What the members of a set have, in order.
-    fn budgets_of(&self, set: &[usize]) -> Vec<u64> {
+    pub(crate) fn budgets_of(&self, set: &[usize]) -> Vec<u64> {
         set.iter()
             .filter_map(|&member| self.budgets.get(member).copied())
             .collect()
@@ -101,6 +101,15 @@ impl<'a> Pool<'a> {
             .zip(freed)
             .map(|(candidate, &bytes)| candidate.budget_after(bytes))
             .collect()
+    }
+
+    /// The so many with the most to give.
+    pub(crate) fn roomiest(&self, devices: usize) -> Vec<usize> {
+        let mut set: Vec<usize> = (0..self.members.len()).collect();
+        set.sort_by_key(|&member| (Reverse(self.budgets.get(member)), member));
+        set.truncate(devices);
+        set.sort_unstable();
+        set
     }
 
     /// How good a set is.

@@ -2,11 +2,12 @@
 
 use std::borrow::Borrow;
 
-use super::assign::{Item, assign};
+use super::assign::{Assignment, Effort, Item, assign};
 use super::candidate::{Candidate, candidates};
 use super::decide::{Decision, MemoryModel, Share, Step, decide};
+use super::packing::pack_all;
 use super::place::{DoesNotFit, Estimated, Placement, placement};
-use super::policy::{GpuName, Policy, priority_factor};
+use super::policy::{GpuName, Policy, Strategy, priority_factor};
 use super::words::{list, size, size_at_least};
 use crate::estimate::{Companions, EstimateError, EstimateOptions};
 use crate::gpu::Gpu;
@@ -31,6 +32,8 @@ pub struct Wanted<'a> {
     pub pinned: bool,
     /// The only GPUs it may use; `None` for those of the policy.
     pub allowed: Option<Vec<GpuName>>,
+    /// At most so many GPUs; `None` for those of the policy.
+    pub max_gpus: Option<u32>,
 }
 
 /// Which models are resident together.
@@ -54,9 +57,10 @@ pub enum PlanError {
 }
 
 /// Finds the models that are worth the most together and gives each its place; pinned models
-/// are always among them. Models that are too large for any one GPU are split over the fewest.
+/// are always among them. Models that are too large for any one GPU are split over the fewest, and
+/// so is who finds no room on one GPU beside the others.
 ///
-/// Not always the best plan there is, but one that no exchange over one or two GPUs makes better.
+/// Not always the best plan there is: the search is bounded to some milliseconds.
 ///
 /// # Errors
 /// [`PlanError::Estimate`] where a model cannot be estimated, [`PlanError::Pinned`] where the
@@ -85,8 +89,12 @@ pub fn plan<G: Borrow<Gpu>>(
     for model in large {
         board.try_large(model, &small)?;
     }
-    for (model, gpu) in board.best_of(&small) {
+    for (model, gpu) in board.best_of(&small, Effort::Full) {
         board.put_on_one(model, gpu);
+    }
+    small.sort_by_key(|model| (!model.pinned, std::cmp::Reverse(model.value), model.place));
+    for model in small {
+        board.try_split(model)?;
     }
     if models.iter().any(|model| model.pinned && !board.has(model)) {
         return Err(PlanError::Pinned(Box::new(
@@ -124,6 +132,7 @@ impl<'a> Resident<'a> {
         let bytes = model.device_bytes(&[layers]).map_err(failed)?;
         let policy = Policy {
             allowed: one.allowed.clone().or_else(|| policy.allowed.clone()),
+            max_gpus: one.max_gpus.or(policy.max_gpus),
             ..policy.clone()
         };
         Ok(Self {
@@ -173,11 +182,19 @@ impl<'a> Board<'a> {
     /// What a GPU has for another model.
     fn room(&self, slot: usize) -> u64 {
         let free = self.free.get(slot).copied().flatten().unwrap_or_default();
-        free.saturating_sub(self.policy.headroom_bytes)
+        let headroom = self
+            .gpus
+            .get(slot)
+            .map_or(0, |gpu| self.policy.headroom_on(gpu));
+        free.saturating_sub(headroom)
     }
 
     /// The assignment of the small models that is worth the most.
-    fn best_of<'m>(&self, small: &[&'m Resident<'a>]) -> Vec<(&'m Resident<'a>, usize)> {
+    fn best_of<'m>(
+        &self,
+        small: &[&'m Resident<'a>],
+        effort: Effort,
+    ) -> Vec<(&'m Resident<'a>, usize)> {
         let optional = small.iter().filter(|model| !model.pinned);
         let sum = optional.fold(0_u64, |sum, model| sum.saturating_add(model.value));
         let bins: Vec<u64> = (0..self.gpus.len()).map(|slot| self.room(slot)).collect();
@@ -199,7 +216,12 @@ impl<'a> Board<'a> {
                 }
             })
             .collect();
-        let places = assign(&items, &bins);
+        let mut places = assign(&items, &bins, effort);
+        let left_out =
+            |(model, place): (&&Resident<'_>, &Option<usize>)| model.pinned && place.is_none();
+        if effort == Effort::Full && small.iter().zip(&places).any(left_out) {
+            places = pinned_first(small, &items, bins).unwrap_or(places);
+        }
         let assigned = small.iter().zip(places);
         assigned
             .filter_map(|(model, bin)| Some((*model, bin?)))
@@ -207,7 +229,7 @@ impl<'a> Board<'a> {
     }
 
     fn worth_of(&self, small: &[&Resident<'a>]) -> (usize, u64) {
-        let chosen = self.best_of(small);
+        let chosen = self.best_of(small, Effort::Glance);
         let pinned = chosen.iter().filter(|(model, _)| model.pinned).count();
         let value = chosen
             .iter()
@@ -215,12 +237,12 @@ impl<'a> Board<'a> {
         (pinned, value)
     }
 
-    /// Puts a model over several GPUs if it is pinned or worth more than what it displaces.
-    fn try_large(
-        &mut self,
+    /// Where a model would go over several GPUs, beside what is placed so far.
+    fn split(
+        &self,
         model: &Resident<'_>,
-        small: &[&Resident<'a>],
-    ) -> Result<(), PlanError> {
+        strategy: Strategy,
+    ) -> Result<Option<Decision>, PlanError> {
         let gpus: Vec<Gpu> = self
             .gpus
             .iter()
@@ -230,24 +252,64 @@ impl<'a> Board<'a> {
                 ..(*gpu).clone()
             })
             .collect();
-        let decision = decide(&model.model, Some(model.layers), &gpus, &model.policy, &[])
+        let policy = Policy {
+            strategy,
+            ..model.policy.clone()
+        };
+        let decision = decide(&model.model, Some(model.layers), &gpus, &policy, &[])
             .map_err(|error| PlanError::Estimate(model.place, error))?;
-        let Some(decision) = decision.filter(|found| !found.shares.is_empty()) else {
+        Ok(decision.filter(|found| !found.shares.is_empty()))
+    }
+
+    /// Puts a model over several GPUs if it is pinned or worth more than what it displaces, where
+    /// it displaces the least.
+    fn try_large(
+        &mut self,
+        model: &Resident<'_>,
+        small: &[&Resident<'a>],
+    ) -> Result<(), PlanError> {
+        let before = self.free.clone();
+        let mut tried: Vec<Decision> = Vec::new();
+        let mut best: Option<((usize, u64), usize)> = None;
+        for strategy in Strategy::ALL {
+            let Some(decision) = self.split(model, strategy)? else {
+                return Ok(());
+            };
+            if tried.contains(&decision) {
+                continue;
+            }
+            self.take(&decision);
+            let beside = self.worth_of(small);
+            self.free.clone_from(&before);
+            if best.is_none_or(|(most, _)| beside > most) {
+                best = Some((beside, tried.len()));
+            }
+            tried.push(decision);
+        }
+        let Some(((pinned, value), chosen)) = best else {
             return Ok(());
         };
-        let without = self.worth_of(small);
-        let before = self.free.clone();
-        self.take(&decision);
-        let with = self.worth_of(small);
-        let better = (with.0, with.1.saturating_add(model.value)) > without;
-        if model.pinned || better {
-            if let Some(slot) = self.decisions.get_mut(model.place) {
-                *slot = Some(decision);
-            }
-        } else {
-            self.free = before;
+        if model.pinned || (pinned, value.saturating_add(model.value)) > self.worth_of(small) {
+            self.put(model, tried.swap_remove(chosen));
         }
         Ok(())
+    }
+
+    /// Puts a model that has found no room on one GPU over several, if they have room together.
+    fn try_split(&mut self, model: &Resident<'_>) -> Result<(), PlanError> {
+        if !self.has(model)
+            && let Some(decision) = self.split(model, model.policy.strategy)?
+        {
+            self.put(model, decision);
+        }
+        Ok(())
+    }
+
+    fn put(&mut self, model: &Resident<'_>, decision: Decision) {
+        self.take(&decision);
+        if let Some(slot) = self.decisions.get_mut(model.place) {
+            *slot = Some(decision);
+        }
     }
 
     fn take(&mut self, decision: &Decision) {
@@ -271,10 +333,7 @@ impl<'a> Board<'a> {
             evict: Vec::new(),
             alone_bytes: model.bytes,
         };
-        self.take(&decision);
-        if let Some(slot) = self.decisions.get_mut(model.place) {
-            *slot = Some(decision);
-        }
+        self.put(model, decision);
     }
 
     fn plan(self, models: &[Resident<'_>]) -> Result<Plan, PlanError> {
@@ -332,6 +391,13 @@ impl<'a> Board<'a> {
                 let Some(gpu) = most else {
                     return format!("{} may use no GPU", model.id);
                 };
+                if !model.fits_one() {
+                    let alone = size(model.bytes);
+                    return format!(
+                        "no GPUs have room together for {} ({alone} on one)",
+                        model.id
+                    );
+                }
                 let missing = size_at_least(model.bytes.saturating_sub(self.room(gpu.slot)));
                 format!("{} is {missing} short on GPU {}", model.id, gpu.index)
             })
@@ -355,6 +421,37 @@ impl<'a> Board<'a> {
             message,
         }
     }
+}
+
+/// The pinned models wherever they fit together, and then the others; `None` where they do not.
+fn pinned_first(small: &[&Resident<'_>], items: &[Item], mut bins: Vec<u64>) -> Option<Assignment> {
+    let of = |pinned: bool| {
+        let models = small.iter().zip(items).enumerate();
+        models
+            .filter(move |(_, (model, _))| model.pinned == pinned)
+            .map(|(at, (_, item))| (at, item.clone()))
+    };
+    let mut places = vec![None; small.len()];
+    let mut put = |at: usize, bin: Option<usize>| {
+        if let Some(place) = places.get_mut(at) {
+            *place = bin;
+        }
+    };
+    let (numbers, pinned): (Vec<usize>, Vec<Item>) = of(true).unzip();
+    for ((at, item), bin) in numbers.iter().zip(&pinned).zip(pack_all(&pinned, &bins)?) {
+        put(*at, Some(bin));
+        if let Some(room) = bins.get_mut(bin) {
+            *room = room.saturating_sub(item.bytes);
+        }
+    }
+    let (numbers, others): (Vec<usize>, Vec<Item>) = of(false).unzip();
+    for (at, bin) in numbers
+        .into_iter()
+        .zip(assign(&others, &bins, Effort::Full))
+    {
+        put(at, bin);
+    }
+    Some(places)
 }
 
 /// The reason of a placement that is part of a plan.

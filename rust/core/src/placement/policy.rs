@@ -3,6 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use crate::gpu::Gpu;
+
 /// Which of several GPUs that would do is taken.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Strategy {
@@ -110,6 +112,16 @@ pub enum GpuName {
     Uuid(String),
 }
 
+impl GpuName {
+    /// Whether this GPU is meant.
+    pub fn names(&self, gpu: &Gpu) -> bool {
+        match self {
+            Self::Index(index) => *index == gpu.index,
+            Self::Uuid(uuid) => *uuid == gpu.uuid || Some(uuid) == gpu.parent_uuid.as_ref(),
+        }
+    }
+}
+
 /// Where a model may go and what must be left there.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Policy {
@@ -117,6 +129,9 @@ pub struct Policy {
     pub strategy: Strategy,
     /// Bytes that must stay free on every GPU that is used.
     pub headroom_bytes: u64,
+    /// The same for single GPUs, in place of `headroom_bytes`; of several that name one GPU, the
+    /// largest.
+    pub headroom_by_gpu: Vec<(GpuName, u64)>,
     /// The largest number of GPUs for one model; `None` for as many as llama.cpp can use (16).
     pub max_gpus: Option<u32>,
     /// The only GPUs that may be used; `None` for all.
@@ -130,6 +145,17 @@ pub struct Policy {
 }
 
 impl Policy {
+    /// Bytes that must stay free on this GPU.
+    pub fn headroom_on(&self, gpu: &Gpu) -> u64 {
+        let own = self
+            .headroom_by_gpu
+            .iter()
+            .filter(|(name, _)| name.names(gpu));
+        own.map(|(_, bytes)| *bytes)
+            .max()
+            .unwrap_or(self.headroom_bytes)
+    }
+
     /// Whether some layers may stay on the host.
     pub fn allows_partial(&self) -> bool {
         self.partial || self.cpu != CpuUse::Never

@@ -135,15 +135,26 @@ fn no_gpu(question: &Question<'_>) -> String {
         .gpus
         .iter()
         .take(NAMED_GPUS)
-        .map(|gpu| match &gpu.health {
-            GpuHealth::Lost(what) => format!("GPU {} is lost ({what})", gpu.index),
-            _ if gpu.free_bytes.is_none() => {
-                format!("the free memory of GPU {} is unknown", gpu.index)
-            }
-            _ => format!("GPU {} is not among those allowed", gpu.index),
-        })
+        .map(|gpu| why_unusable(gpu, &question.policy))
         .collect();
     format!("no GPU may be used: {}", list(&why, "and"))
+}
+
+/// Why a GPU that is no candidate may not be used.
+pub(crate) fn why_unusable(gpu: &Gpu, policy: &Policy) -> String {
+    match &gpu.health {
+        GpuHealth::Lost(what) => format!("GPU {} is lost ({what})", gpu.index),
+        _ if gpu.free_bytes.is_none() => {
+            format!("the free memory of GPU {} is unknown", gpu.index)
+        }
+        _ if policy.max_gpus == Some(0) => {
+            format!(
+                "GPU {}: its policy allows no GPU (max_gpus is 0)",
+                gpu.index
+            )
+        }
+        _ => format!("GPU {} is not among those allowed", gpu.index),
+    }
 }
 
 /// The attempt that came closest.

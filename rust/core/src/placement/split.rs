@@ -161,6 +161,31 @@ impl Chain<'_> {
         self.filled(budgets, fits)
     }
 
+    /// As [`Self::filled`], each device given as many bytes more than its budget as it takes, to
+    /// within `precision`.
+    pub(crate) fn filled_with_least_more(
+        &self,
+        budgets: &[u64],
+        precision: u64,
+    ) -> Option<Vec<u32>> {
+        let with = |more: u64| -> Vec<u64> {
+            budgets
+                .iter()
+                .map(|budget| budget.saturating_add(more))
+                .collect()
+        };
+        let (mut fails, mut fits) = (0, u64::try_from(self.total()).unwrap_or(u64::MAX));
+        while fits.saturating_sub(fails) > precision {
+            let more = fails.midpoint(fits);
+            if self.fits(&with(more)) {
+                fits = more;
+            } else {
+                fails = more;
+            }
+        }
+        self.filled(&with(fits), 0)
+    }
+
     /// Finds devices among `budgets` (already in device order) that hold all the layers.
     ///
     /// Exact: `reached[k]` is the furthest layer that any `k` of the devices seen so far get

@@ -1,0 +1,160 @@
+//! `explain` with its answer (`Explanation`, `Alternative`).
+
+use llama_gpu_core::gpu::Gpu;
+use llama_gpu_core::placement::{
+    Alternative, Explanation, Policy, Running, explain as explain_placement,
+};
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyTuple};
+
+use crate::estimate::{estimate_error, facts_of};
+use crate::gguf::header_from_any;
+use crate::gpu::repr_from_fields;
+use crate::placement::{
+    Gpus, PyPlacedDevice, PyPlacement, PyPolicy, PyRunning, does_not_fit, elements,
+    estimate_options,
+};
+
+#[pyclass(frozen, eq, name = "Alternative", module = "llama_gpu")]
+#[derive(PartialEq)]
+pub(crate) struct PyAlternative(Alternative);
+
+#[pymethods]
+impl PyAlternative {
+    #[getter]
+    fn step(&self) -> &'static str {
+        self.0.step.name()
+    }
+
+    #[getter]
+    fn outcome(&self) -> &'static str {
+        self.0.outcome.name()
+    }
+
+    #[getter]
+    fn devices<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        PyTuple::new(py, self.0.devices.iter().cloned().map(PyPlacedDevice))
+    }
+
+    #[getter]
+    fn free_bytes_by_gpu<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let free = PyDict::new(py);
+        for (device, bytes) in self.0.devices.iter().zip(&self.0.free_bytes) {
+            free.set_item(&device.uuid, bytes)?;
+        }
+        Ok(free)
+    }
+
+    #[getter]
+    fn short_bytes(&self) -> u64 {
+        self.0.short_bytes()
+    }
+
+    #[getter]
+    fn evict<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        PyTuple::new(py, &self.0.evict)
+    }
+
+    #[getter]
+    fn eviction_cost(&self) -> u64 {
+        self.0.eviction_cost
+    }
+
+    #[getter]
+    fn reason(&self) -> &str {
+        &self.0.reason
+    }
+
+    fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
+        let fields = PyDict::new(py);
+        fields.set_item("step", self.step())?;
+        fields.set_item("outcome", self.outcome())?;
+        fields.set_item("devices", self.devices(py)?)?;
+        fields.set_item("evict", self.evict(py)?)?;
+        fields.set_item("reason", self.reason())?;
+        Ok(format!("<{}>", repr_from_fields("Alternative", &fields)?))
+    }
+}
+
+#[pyclass(frozen, eq, name = "Explanation", module = "llama_gpu")]
+#[derive(PartialEq)]
+pub(crate) struct PyExplanation(Explanation);
+
+#[pymethods]
+impl PyExplanation {
+    #[getter]
+    fn placement(&self) -> Option<PyPlacement> {
+        self.0.answer.as_ref().ok().cloned().map(PyPlacement)
+    }
+
+    #[getter]
+    fn refusal<'py>(&self, py: Python<'py>) -> Option<Bound<'py, PyAny>> {
+        let refusal = self.0.answer.as_ref().err()?;
+        Some(
+            does_not_fit(py, refusal)
+                .into_value(py)
+                .into_bound(py)
+                .into_any(),
+        )
+    }
+
+    #[getter]
+    fn alternatives<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        PyTuple::new(py, self.0.alternatives.iter().cloned().map(PyAlternative))
+    }
+
+    #[getter]
+    fn staying<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let staying = PyDict::new(py);
+        for (id, why) in &self.0.staying {
+            staying.set_item(id, why)?;
+        }
+        Ok(staying)
+    }
+
+    fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
+        let fields = PyDict::new(py);
+        fields.set_item("placement", self.placement())?;
+        fields.set_item("refusal", self.refusal(py))?;
+        fields.set_item("alternatives", self.alternatives(py)?)?;
+        fields.set_item("staying", self.staying(py)?)?;
+        Ok(format!("<{}>", repr_from_fields("Explanation", &fields)?))
+    }
+}
+
+#[pyfunction]
+#[pyo3(
+    signature = (model, gpus, *, policy=None, running=None, **options),
+    text_signature = "(model, gpus, *, policy=None, running=(), **options)"
+)]
+pub(crate) fn explain(
+    model: &Bound<'_, PyAny>,
+    gpus: &Bound<'_, PyAny>,
+    policy: Option<&Bound<'_, PyPolicy>>,
+    running: Option<&Bound<'_, PyAny>>,
+    options: Option<&Bound<'_, PyDict>>,
+) -> PyResult<PyExplanation> {
+    let py = model.py();
+    let header = header_from_any(model)?;
+    let parsed = estimate_options("explain", options)?;
+    let facts = facts_of(py, &header)?;
+    let default = Policy::default();
+    let policy = policy.map_or(&default, |policy| &policy.get().0);
+    let running: Vec<Bound<'_, PyRunning>> = match running {
+        None => Vec::new(),
+        Some(running) => elements(running, "running must be a sequence of Running")?,
+    };
+    let running: Vec<&Running> = running.iter().map(|model| &model.get().0).collect();
+    let gpus = Gpus::from_any(gpus)?;
+    let gpus: Vec<&Gpu> = gpus.as_refs();
+    explain_placement(
+        &facts,
+        &parsed.options,
+        parsed.companions(),
+        &gpus,
+        policy,
+        &running,
+    )
+    .map(PyExplanation)
+    .map_err(|error| estimate_error(py, &header, &error))
+}
