@@ -13,9 +13,6 @@ if TYPE_CHECKING:
 
 # Graphs that a plain transformer stands in for.
 NOT_DESCRIBED = {
-    "deepseek4",
-    "glm5-next",
-    "hy_v4",
     "qwen4exp",
 }
 # Cases, of graphs that are described, that are off all the same.

@@ -36,6 +36,12 @@ pub(super) fn window_cells(
     align(context.min(needed), CELL_STEP)
 }
 
+/// Cells of a stream of a compressed cache (`llama_kv_cache_dsv4`).
+pub(super) fn compressed_cells(ratio: u32, resolved: &Resolved) -> u64 {
+    let context = u64::from(resolved.context_per_slot);
+    align(context.div_ceil(u64::from(ratio.max(1))).max(1), CELL_STEP)
+}
+
 /// Each layer's bytes, in layer order.
 pub(super) fn layer_contexts(
     facts: &ModelFacts,
@@ -91,10 +97,7 @@ fn tensor_bytes(
             let pool = options.kv_unified && !tensor.stream_per_slot;
             (window_cells(window, pool, options, resolved), streams)
         }
-        CacheRows::Compressed(ratio) => {
-            let cells = context.div_ceil(u64::from(ratio.max(1))).max(1);
-            (align(cells, CELL_STEP), streams)
-        }
+        CacheRows::Compressed(ratio) => (compressed_cells(ratio, resolved), streams),
         CacheRows::Fixed(rows) => (u64::from(rows), streams.saturating_mul(state_copies)),
         CacheRows::Slot => (u64::from(resolved.slots), state_copies),
     };

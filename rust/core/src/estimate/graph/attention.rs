@@ -3,6 +3,7 @@
 use crate::gguf::GgmlType;
 
 use super::builder::{Builder, NONE};
+use super::ops::Fused;
 use super::reserve::owns_cache;
 use super::tensor::{Storage, TensorId, row_bytes};
 
@@ -421,7 +422,7 @@ impl Builder<'_> {
             let k = half(self, k);
             let v = half(self, v);
             cur = self.g.flash_attention([q, k, v, mask, extras.sinks]);
-            self.g.attentions.push((cur, self.layer()));
+            self.g.fused.push((Fused::Attention, cur, self.layer()));
             if extras.value_expansion.is_some() {
                 cur = self.g.permute(cur, [0, 2, 1, 3]);
                 cur = self.g.mul_mat(extras.value_expansion, cur);

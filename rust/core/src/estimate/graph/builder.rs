@@ -56,6 +56,8 @@ pub(super) struct Builder<'a> {
     known_shared: Vec<(u64, TensorId)>,
     /// The same of layers whose weights run more than once, by layer.
     known_again: Vec<Vec<TensorId>>,
+    /// The batch's token numbers.
+    pub(super) tokens: TensorId,
     /// Operations between the raw scores and the softmax without flash attention (soft capping).
     pub(super) score_unaries: u8,
 }
@@ -115,6 +117,7 @@ impl<'a> Builder<'a> {
             layer: None,
             known_shared: Vec::new(),
             known_again: Vec::new(),
+            tokens: NONE,
             score_unaries: 0,
         }
     }
@@ -409,6 +412,7 @@ impl<'a> Builder<'a> {
     /// `build_inp_embd` where the input carries more than one embedding per token (deep stacks).
     pub(super) fn embeddings_of(&mut self, width: i64) -> TensorId {
         let tokens = self.g.input(GgmlType::I32, [self.n_tokens, 1, 1, 1]);
+        self.tokens = tokens;
         let vectors = self.g.input(GgmlType::F32, [width, self.n_tokens, 1, 1]);
         let table = self.input_weight("token_embd.weight");
         let mut cur = self.g.get_rows(table, tokens);

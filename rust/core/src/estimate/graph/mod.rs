@@ -48,7 +48,7 @@ use super::{EstimateOptions, FlashAttention, Layout, Resolved};
 use crate::model::ModelFacts;
 
 use allocator::Allocator;
-use ops::Graph;
+use ops::{Fused, Graph};
 use reserve::Batch;
 use scheduler::Schedule;
 
@@ -92,8 +92,12 @@ fn plan(
 ) -> Option<ComputeBytes> {
     let exact = families::build(&mut w.graph, facts, &batch)?;
     let asks = may_do_without && batch.may_stray(&facts.hyperparameters);
-    if asks && !w.schedule.attends_at_home(&w.graph, &batch) {
+    if asks && !w.schedule.runs_at_home(&w.graph, &batch, Fused::Attention) {
         batch.flash_attention = false;
+        families::build(&mut w.graph, facts, &batch);
+    }
+    if batch.has_host_layers() && !w.schedule.runs_at_home(&w.graph, &batch, Fused::Spread) {
+        batch.fused_spread = false;
         families::build(&mut w.graph, facts, &batch);
     }
     if !w.schedule.build(&mut w.graph, batch.backends()) {

@@ -4,7 +4,7 @@
 use crate::gguf::GgmlType;
 
 use super::repeats::Repeat;
-use super::tensor::{MAX_SOURCES, Op, Storage, Tensor, TensorId};
+use super::tensor::{MAX_SOURCES, Op, Storage, Tensor, TensorId, contiguous_strides};
 
 /// A graph under construction: an arena of tensors, and the nodes and leaves in llama.cpp's order.
 #[derive(Debug, Default)]
@@ -14,10 +14,19 @@ pub(super) struct Graph {
     pub(super) leaves: Vec<TensorId>,
     /// Tensors and nodes there were when each layer began.
     pub(super) marks: Vec<Mark>,
-    /// Flash attentions and their layers.
-    pub(super) attentions: Vec<(TensorId, usize)>,
+    /// Fused operations and their layers.
+    pub(super) fused: Vec<(Fused, TensorId, usize)>,
     /// Rounds of layers that stand for more.
     pub(super) repeats: Vec<Repeat>,
+}
+
+/// What llama.cpp takes apart everywhere when it would run elsewhere than its layer in one place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fused {
+    /// Flash attention.
+    Attention,
+    /// What a block gives, spread over residual streams (`ggml_dsv4_hc_post`).
+    Spread,
 }
 
 /// Where a layer begins.
@@ -48,7 +57,7 @@ impl Graph {
         self.leaves.clear();
         self.marks.clear();
         self.repeats.clear();
-        self.attentions.clear();
+        self.fused.clear();
     }
 
     /// Notes that a layer begins.
@@ -87,6 +96,12 @@ impl Graph {
         let mut tensor = Tensor::contiguous(Op::Leaf, element, ne);
         tensor.storage = storage;
         self.push(tensor)
+    }
+
+    /// Gives a weight the shape that llama.cpp loads it with, where files keep another.
+    pub(super) fn reshape_stored(&mut self, id: TensorId, ne: [i64; 4]) {
+        let element = self.element(id);
+        self.set_layout(id, ne, contiguous_strides(element, ne));
     }
 
     /// A tensor that the caller fills before every run.

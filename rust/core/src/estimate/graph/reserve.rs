@@ -1,6 +1,6 @@
 //! The batch that llama.cpp reserves buffers for (`llama-context.cpp`, `sched_reserve` and `graph_reserve`).
 
-use super::super::context::window_cells;
+use super::super::context::{compressed_cells, window_cells};
 use super::super::{Backend, CpuMoe, EstimateOptions, Layout, Resolved};
 use super::allocator::BufferRules;
 use super::scheduler::{Backends, PIPELINE_COPIES};
@@ -28,6 +28,8 @@ pub(super) struct Batch<'a> {
     pub(super) streams: i64,
     /// Whether the graph attends with flash attention.
     pub(super) flash_attention: bool,
+    /// Whether residual streams take what a block gives in one operation.
+    pub(super) fused_spread: bool,
     /// Whether the cache keeps values transposed, as it does where flash attention was switched off from the start.
     pub(super) transposed_values: bool,
     pub(super) cache_type_k: GgmlType,
@@ -57,6 +59,7 @@ impl<'a> Batch<'a> {
             context_per_sequence: i64::from(resolved.context_per_slot),
             streams: i64::from(resolved.streams).max(1),
             flash_attention: resolved.flash_attention,
+            fused_spread: true,
             transposed_values: !resolved.flash_attention,
             cache_type_k: options.cache_type_k,
             cache_type_v: options.cache_type_v,
@@ -74,6 +77,19 @@ impl<'a> Batch<'a> {
     pub(super) fn sliding_cells(&self, hyper: &Hyperparameters) -> i64 {
         let window = hyper.sliding_window.map_or(0, |(_, window)| window);
         let cells = window_cells(window, self.options.kv_unified, self.options, self.resolved);
+        i64::try_from(cells).unwrap_or(self.cells)
+    }
+
+    /// The same where every slot has a window of its own, one pool or not.
+    pub(super) fn window_cells_per_slot(&self, hyper: &Hyperparameters) -> i64 {
+        let window = hyper.sliding_window.map_or(0, |(_, window)| window);
+        let cells = window_cells(window, false, self.options, self.resolved);
+        i64::try_from(cells).unwrap_or(self.cells)
+    }
+
+    /// Cells of a cache that keeps one of every `ratio` positions.
+    pub(super) fn compressed_cells(&self, ratio: u32) -> i64 {
+        let cells = compressed_cells(ratio, self.resolved);
         i64::try_from(cells).unwrap_or(self.cells)
     }
 
@@ -107,9 +123,12 @@ impl<'a> Batch<'a> {
 
     /// Whether some flash attention might not run where its layer is.
     pub(super) fn may_stray(&self, hyper: &Hyperparameters) -> bool {
-        let mixed =
-            hyper.recurrent.contains(&true) && self.layout.layers.iter().any(Option::is_none);
+        let mixed = hyper.recurrent.contains(&true) && self.has_host_layers();
         self.layout.devices > 0 && (self.cuda || !self.options.kv_offload || mixed)
+    }
+
+    pub(super) fn has_host_layers(&self) -> bool {
+        self.layout.layers.iter().any(Option::is_none)
     }
 
     pub(super) fn backends(&self) -> Backends {

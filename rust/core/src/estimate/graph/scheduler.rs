@@ -4,7 +4,7 @@
 //! llama.cpp's dry run forgets the backends that its graph builder asked for (`ggml_backend_sched_reserve_size` resets first), so none
 //! are asked for here.
 
-use super::ops::Graph;
+use super::ops::{Fused, Graph};
 use super::reserve::Batch;
 use super::tensor::{Op, Storage, Tensor, TensorId};
 
@@ -118,8 +118,12 @@ impl Schedule {
         self.find_rounds(graph, backends)
     }
 
-    /// Whether every flash attention runs where its layer is (`llama_context::resolve_fused_ops`).
-    pub(super) fn attends_at_home(&mut self, graph: &Graph, batch: &Batch<'_>) -> bool {
+    /// Whether every fused operation of a kind runs where its layer is (`llama_context::resolve_fused_ops`).
+    pub(super) fn runs_at_home(&mut self, graph: &Graph, batch: &Batch<'_>, kind: Fused) -> bool {
+        let mut fused = graph.fused.iter().filter(|(of, ..)| *of == kind).peekable();
+        if fused.peek().is_none() {
+            return true;
+        }
         self.backend_of.clear();
         self.backend_of.resize(graph.tensors.len(), UNASSIGNED);
         // the graph that llama.cpp asks with has too few tokens to offload anything
@@ -130,10 +134,7 @@ impl Schedule {
                 ..batch.backends()
             },
         );
-        graph
-            .attentions
-            .iter()
-            .all(|(id, il)| self.backend(*id) == batch.layer_backend(*il))
+        fused.all(|(_, id, il)| self.backend(*id) == batch.layer_backend(*il))
     }
 
     fn find_rounds(&mut self, graph: &Graph, backends: Backends) -> bool {

@@ -1,18 +1,24 @@
 //! Model graphs, one short description per family (`src/models/*.cpp`).
 
 mod blocks;
+mod compressor;
 mod decoder;
+mod deepseek4;
 mod delta;
 mod describe;
+mod glm;
 mod hierarchical;
+mod hunyuan;
 mod hybrid;
 mod kda;
 mod latent;
 mod lightning;
 mod mamba;
+mod pools;
 mod residual;
 mod sparse;
 mod special;
+mod streams;
 
 use super::builder::Builder;
 use super::ops::Graph;
@@ -53,13 +59,16 @@ fn own_graph(architecture: &str) -> Option<fn(&mut Builder<'_>)> {
         "lfm2" | "lfm2moe" => hybrid::lfm2,
         "plamo2" => hybrid::plamo2,
         "qwen3next" | "qwen35" | "qwen35moe" => delta::qwen,
+        "glm5-next" => glm::next,
         "kimi-linear" => kda::kimi_linear,
         "kimi-k3" => residual::kimi_k3,
         "bailingmoe3" => kda::bailing,
+        "deepseek4" => deepseek4::deepseek4,
         "deepseek32" | "glm-dsa" => sparse::sparse,
         "hrm_text" => hierarchical::hrm,
         "minimax-01" => lightning::minimax,
         "minimax-m3" => blocks::minimax_m3,
+        "hy_v4" => hunyuan::hunyuan,
         "minicpm3" => latent::minicpm3,
         "plm" => latent::plm,
         _ => return None,

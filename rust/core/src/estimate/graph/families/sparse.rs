@@ -8,9 +8,10 @@ use crate::gguf::GgmlType;
 
 /// The inputs of the indexer's cache.
 #[derive(Clone, Copy)]
-struct Indexer {
+pub(super) struct Indexer {
     ids: TensorId,
     mask: TensorId,
+    /// None where queries and keys are compared as they are.
     rotation: TensorId,
     length: i64,
     heads: i64,
@@ -18,7 +19,7 @@ struct Indexer {
 }
 
 impl Indexer {
-    fn of(b: &mut Builder<'_>) -> Self {
+    pub(super) fn of(b: &mut Builder<'_>, rotates: bool) -> Self {
         let length = b.number("attention.indexer.key_length", 1);
         let ids = b.key_ids();
         let mask = b.mask(b.batch.cells, GgmlType::F16);
@@ -29,7 +30,11 @@ impl Indexer {
         Self {
             ids,
             mask,
-            rotation: b.g.input(GgmlType::F32, [size, size, 1, 1]),
+            rotation: if rotates {
+                b.g.input(GgmlType::F32, [size, size, 1, 1])
+            } else {
+                NONE
+            },
             length,
             heads: b.number("attention.indexer.head_count", 1),
             picked: b.number("attention.indexer.top_k", 1).min(b.batch.cells),
@@ -44,7 +49,7 @@ pub(super) fn sparse(b: &mut Builder<'_>) {
     let AttentionInput::Cache(cache) = b.attention_input() else {
         return;
     };
-    let indexer = Indexer::of(b);
+    let indexer = Indexer::of(b, true);
     let outputs = b.output_ids();
     let owners = b.hyper.owns_indexer.clone();
     let owns = |il: usize| owners.get(il) == Some(&true);
@@ -53,12 +58,19 @@ pub(super) fn sparse(b: &mut Builder<'_>) {
         b.enter(il);
         let mut residual = cur;
         let normed = b.rms(cur, "attn_norm");
-        let low = matmul(b, "attn_q_a", normed);
+        let low = b.matmul("attn_q_a", normed);
         let low = b.rms(low, "attn_q_a_norm");
         if owns(il) || !picked.is_some() {
             picked = pick(b, normed, low, positions, indexer);
         }
-        let mut attended = attend(b, normed, low, positions, cache, picked);
+        let mut attended = attend(
+            b,
+            [normed, low],
+            positions,
+            cache,
+            picked,
+            Extras::default(),
+        );
         if b.is_last() {
             b.pick_outputs([&mut attended, &mut residual], outputs);
         }
@@ -71,13 +83,8 @@ pub(super) fn sparse(b: &mut Builder<'_>) {
     b.finish(cur, 0);
 }
 
-fn matmul(b: &mut Builder<'_>, name: &str, cur: TensorId) -> TensorId {
-    let weight = b.weight(name);
-    b.g.mul_mat(weight, cur)
-}
-
 /// The positions that every token attends to.
-fn pick(
+pub(super) fn pick(
     b: &mut Builder<'_>,
     normed: TensorId,
     low: TensorId,
@@ -85,19 +92,24 @@ fn pick(
     i: Indexer,
 ) -> TensorId {
     let (n_tokens, streams) = (b.n_tokens, b.batch.streams);
-    let q = matmul(b, "indexer.attn_q_b", low);
+    let q = b.matmul("indexer.attn_q_b", low);
     let q = b.g.reshape_3d(q, i.length, i.heads, n_tokens);
     let q = b.rope(q, positions);
-    let k = matmul(b, "indexer.attn_k", normed);
+    let k = b.matmul("indexer.attn_k", normed);
     let k = b.norm(k, "indexer.k_norm", Norm::Layer);
     let k = b.g.reshape_3d(k, i.length, 1, n_tokens);
     let k = b.rope(k, positions);
-    let q = b.g.mul_mat(i.rotation, q);
-    let k = b.g.mul_mat(i.rotation, k);
+    let [q, k] = [q, k].map(|part| {
+        if i.rotation.is_some() {
+            b.g.mul_mat(i.rotation, part)
+        } else {
+            part
+        }
+    });
     let (il, element, cells) = (b.layer(), b.batch.cache_type_k, b.batch.cells);
     let keys = b.cache_tensor(il, element, i.length, cells);
     b.store_rows(keys, k, i.ids);
-    let weights = matmul(b, "indexer.proj", normed);
+    let weights = b.matmul("indexer.proj", normed);
     let k = b.read_rows(keys, i.length, 1);
     let ([q0, q1, q2, _], [_, b1, b2, b3]) = (b.g.ne(q), b.g.nb(q));
     let q =
@@ -120,17 +132,17 @@ fn pick(
 }
 
 /// `build_attn` with a mask that lets only the picked positions through.
-fn attend(
+pub(super) fn attend(
     b: &mut Builder<'_>,
-    normed: TensorId,
-    low: TensorId,
+    [normed, low]: [TensorId; 2],
     positions: TensorId,
     cache: CacheInput,
     picked: TensorId,
+    extras: Extras,
 ) -> TensorId {
     let sizes = Latent::of(b);
     let (heads, n_tokens) = (b.heads(), b.n_tokens);
-    let q = matmul(b, "attn_q_b", low);
+    let q = b.matmul("attn_q_b", low);
     let q =
         b.g.reshape_3d(q, sizes.plain + sizes.rotated, heads, n_tokens);
     let parts = latents(b, normed, positions, sizes);
@@ -141,19 +153,25 @@ fn attend(
         heads,
         Extras {
             value_expansion,
-            ..Extras::default()
+            ..extras
         },
-        |b| mask(b, cache.mask, picked),
+        |b| opened(b, cache.mask, picked, GgmlType::F32),
     )
 }
 
-fn mask(b: &mut Builder<'_>, mask: TensorId, picked: TensorId) -> TensorId {
+/// `mask`, closed but for the `picked` positions; `element` is that of the zeros which open it.
+pub(super) fn opened(
+    b: &mut Builder<'_>,
+    mask: TensorId,
+    picked: TensorId,
+    element: GgmlType,
+) -> TensorId {
     let closed = b.g.unary(mask);
     let ([n0, n1, _, n3], [b0, b1, b2, _]) = (b.g.ne(closed), b.g.nb(closed));
     let closed = b.g.view(closed, [1, n0, n1, n3], [b0, b1, b2]);
     let ([t0, t1, _, t3], [_, p1, p2, p3]) = (b.g.ne(picked), b.g.nb(picked));
     let ids = b.g.view(picked, [t0, t1, t3, 1], [p1, p2, t3 * p3]);
-    let zeros = b.g.blank(GgmlType::F32, [1, t0, t1, t3]);
+    let zeros = b.g.blank(element, [1, t0, t1, t3]);
     let zeros = b.g.unary(zeros);
     let opened = b.g.set_rows(closed, zeros, ids);
     let ([_, o1, o2, o3], [_, _, s2, s3]) = (b.g.ne(opened), b.g.nb(opened));
