@@ -5,6 +5,7 @@
 #   make test         cargo tests and pytest, with the real engine
 #   make check        formats, lints, types, stubs
 #   make soak         a day of health checks in two minutes, while GPUs and servers fail
+#   make prove        a million random events against the scheduler (ARGS="OPERATIONS SEED")
 #   make bench-fallback  requests per second without a GPU, against GPU code switched off
 #   make bench        parsing, estimating and placing, against the clock
 #   make wheel        dist/*.whl
@@ -38,7 +39,7 @@ PIP := $(PY) -m pip install --quiet
 PINNED := --constraint constraints.txt
 RUST := Cargo.toml Cargo.lock pyproject.toml $(shell find rust -name target -prune -o \( -name '*.rs' -o -name Cargo.toml \) -print)
 
-.PHONY: help serve test test-rust test-python check soak bench bench-fallback wheel wheel-check lock clean toolchain
+.PHONY: help serve test test-rust test-python check soak prove bench bench-fallback wheel wheel-check lock clean toolchain
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
@@ -95,6 +96,9 @@ check: $(DONE)/debug $(DONE)/dev
 
 soak: $(DONE)/release $(DONE)/dev
 	PYTHONPATH=tests $(PY) -m support.soak $(ARGS)
+
+prove: $(DONE)/release $(DONE)/dev
+	PYTHONPATH=tests $(PY) -m support.prove $(ARGS)
 
 bench: $(DONE)/release $(DONE)/dev
 	$(PY) -m pytest -q -o addopts= tests/benchmarks --benchmark-only --benchmark-columns=min,median,max,rounds $(ARGS)

@@ -1,14 +1,11 @@
 """The scheduler alone: events in, effects out, time as a number."""
 
-from collections.abc import Mapping, Sequence
-
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from llama_gpu.budget import Claim
 from llama_gpu.errors import DoesNotFitError, QueueFullError, ServerExitedError
-from llama_gpu.residents import Assignment, ResidentState, ResidentView
+from llama_gpu.residents import Assignment, ResidentView
 from llama_gpu.scheduler import Admit, Effect, Limits, Refuse, Rules, Scheduler, Start, Stop
 
 GPU = "GPU-0"
@@ -24,7 +21,7 @@ class OneGpu:
     def __call__(self, model: str, residents: Sequence[ResidentView], claims: Sequence[Claim]) -> Assignment:
         free = self.capacity - sum(claim.bytes_by_gpu.get(GPU, 0) for claim in claims)
         evict: list[str] = []
-        for view in sorted(residents, key=lambda view: -view.idle_seconds):
+        for view in sorted(residents, key=lambda view: (view.priority, -view.idle_seconds)):
             if free >= self.sizes[model]:
                 break
             if not view.busy and view.bytes_by_gpu:
@@ -195,110 +192,144 @@ def test_a_request_that_waits_too_long_is_refused() -> None:
     assert list(refused(scheduler.memory_changed(102.0))) == [2]
 
 
-MODELS = {"a": 3, "b": 4, "c": 6, "d": 10, "e": 11}
-CAPACITY = 10
-POOL_SIZE = 3
+def alike(**fields: Any) -> Callable[[str], Rules]:
+    """The same rules for every model."""
+    return lambda _model: Rules(**fields)
 
 
-class SchedulerMachine(RuleBasedStateMachine):
-    """Any order of events: no overcommit, nothing busy leaves, every ticket ends once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        limits = Limits(pool_size=POOL_SIZE, starvation_seconds=20, queue_size=4)
-        self.scheduler = Scheduler(OneGpu(CAPACITY, MODELS), limits)
-        self.now = 0.0
-        self.tickets = 0
-        self.open: dict[int, str] = {}
-        self.active: dict[int, str] = {}
-        self.loading: set[str] = set()
-        self.leaving: set[str] = set()
-
-    def apply(self, effects: Sequence[Effect]) -> None:
-        for effect in effects:
-            match effect:
-                case Start(model, _, _):
-                    assert model not in self.loading | self.leaving
-                    self.loading.add(model)
-                case Stop(model, _, _, _):
-                    assert model not in self.active.values(), "a busy model was stopped"
-                    assert model not in self.leaving
-                    self.loading.discard(model)
-                    self.leaving.add(model)
-                case Admit(ticket, model, _):
-                    assert self.open.pop(ticket) == model
-                    self.active[ticket] = model
-                case Refuse(ticket, _):
-                    del self.open[ticket]
-
-    @rule(model=st.sampled_from(sorted(MODELS)), seconds=st.floats(0, 10))
-    def request(self, model: str, seconds: float) -> None:
-        self.now += seconds
-        self.tickets += 1
-        self.open[self.tickets] = model
-        self.apply(self.scheduler.request_arrived(self.tickets, model, self.now))
-
-    @precondition(lambda self: self.open or self.active)
-    @rule(data=st.data())
-    def request_ends(self, data: st.DataObject) -> None:
-        ticket = data.draw(st.sampled_from(sorted(self.open.keys() | self.active.keys())))
-        self.open.pop(ticket, None)
-        self.active.pop(ticket, None)
-        self.apply(self.scheduler.request_ended(ticket, self.now))
-
-    @precondition(lambda self: self.loading)
-    @rule(data=st.data(), works=st.booleans())
-    def load_ends(self, data: st.DataObject, works: bool) -> None:
-        model = data.draw(st.sampled_from(sorted(self.loading)))
-        self.loading.discard(model)
-        if works:
-            self.apply(self.scheduler.server_ready(model, self.now))
-        else:
-            self.apply(self.scheduler.server_failed(model, ServerExitedError("no"), self.now))
-
-    @precondition(lambda self: self.leaving)
-    @rule(data=st.data())
-    def stop_ends(self, data: st.DataObject) -> None:
-        model = data.draw(st.sampled_from(sorted(self.leaving)))
-        self.leaving.discard(model)
-        self.apply(self.scheduler.server_stopped(model, self.now))
-
-    @rule(seconds=st.floats(0, 60))
-    def time_passes(self, seconds: float) -> None:
-        self.now += seconds
-        self.apply(self.scheduler.memory_changed(self.now))
-
-    @invariant()
-    def no_gpu_and_no_pool_holds_more_than_it_can(self) -> None:
-        residents = self.scheduler.residents.values()
-        holding = [r for r in residents if r.state is not ResidentState.MAKING_ROOM]
-        assert sum(r.bytes_by_gpu.get(GPU, 0) for r in holding) <= CAPACITY
-        assert len(holding) <= POOL_SIZE
-
-    @invariant()
-    def the_scheduler_agrees_about_who_waits_and_who_is_served(self) -> None:
-        assert self.scheduler.waiting_count() == len(self.open)
-        served = {t: r.model for r in self.scheduler.residents.values() for t in r.active}
-        assert served == self.active
-
-    def teardown(self) -> None:
-        """Let everything end: nobody may be left waiting."""
-        for _ in range(200):
-            if not (self.open or self.active or self.loading or self.leaving):
-                break
-            self.now += 1.0
-            for model in sorted(self.loading):
-                self.loading.discard(model)
-                self.apply(self.scheduler.server_ready(model, self.now))
-            for model in sorted(self.leaving):
-                self.leaving.discard(model)
-                self.apply(self.scheduler.server_stopped(model, self.now))
-            for ticket in sorted(self.active):
-                del self.active[ticket]
-                self.apply(self.scheduler.request_ended(ticket, self.now))
-            self.apply(self.scheduler.memory_changed(self.now))
-        assert not self.open, "requests were left waiting for ever"
+def busy(scheduler: Scheduler, model: str, ticket: int, now: float) -> None:
+    """``model`` is resident and answers a request."""
+    assert started(scheduler.request_arrived(ticket, model, now)) == [model]
+    assert admitted(scheduler.server_ready(model, now)) == [ticket]
 
 
-TestAnyOrderOfEvents = SchedulerMachine.TestCase
-TestAnyOrderOfEvents.settings = settings(max_examples=200, stateful_step_count=60, deadline=None)
+# --- minimum residency -----------------------------------------------------------------------
+
+
+def test_an_idle_model_stays_for_its_minimum_residency_and_then_leaves_for_who_waits() -> None:
+    scheduler = Scheduler(OneGpu(10, {"a": 10, "b": 10}), rules=alike(min_resident_seconds=8.0))
+    loaded(scheduler, "a", 1, 0.0)
+    assert scheduler.request_arrived(2, "b", 1.0) == []
+    assert scheduler.memory_changed(7.9) == []
+    assert stopped(scheduler.memory_changed(8.0)) == ["a"]
+
+
+def test_without_a_setting_a_model_stays_as_long_as_its_load_took_but_no_longer_than_ten_seconds() -> None:
+    for took, stays in ((3.0, 3.0), (100.0, 10.0)):
+        scheduler = Scheduler(OneGpu(10, {"a": 10, "b": 10}))
+        scheduler.request_arrived(1, "a", 0.0)
+        scheduler.server_ready("a", took)
+        scheduler.request_ended(1, took)
+        assert scheduler.request_arrived(2, "b", took) == []
+        assert scheduler.memory_changed(took + stays - 0.1) == []
+        assert stopped(scheduler.memory_changed(took + stays)) == ["a"]
+
+
+def test_a_starved_newcomer_waits_for_the_minimum_residency_of_a_busy_model_too() -> None:
+    limits = Limits(starvation_seconds=30.0)
+    scheduler = Scheduler(OneGpu(10, {"a": 10, "b": 10}), limits, rules=alike(min_resident_seconds=60.0))
+    busy(scheduler, "a", 1, 0.0)
+    scheduler.request_arrived(2, "b", 1.0)
+    assert scheduler.memory_changed(40.0) == []
+    assert admitted(scheduler.request_arrived(3, "a", 41.0)) == [3], "it is not drained yet"
+    assert scheduler.memory_changed(60.0) == []
+    assert scheduler.request_arrived(4, "a", 61.0) == []
+    scheduler.request_ended(1, 62.0)
+    assert stopped(scheduler.request_ended(3, 62.0)) == ["a"]
+
+
+# --- priorities ------------------------------------------------------------------------------
+
+
+def test_a_newcomer_of_lower_priority_waits_instead_of_evicting_and_gets_its_turn_in_the_end() -> None:
+    rules = {"high": Rules(priority=1), "low": Rules()}
+    scheduler = Scheduler(OneGpu(10, {"high": 10, "low": 10}), rules=rules.__getitem__)
+    loaded(scheduler, "high", 1, 0.0)
+    assert scheduler.request_arrived(2, "low", 1.0) == []
+    assert scheduler.memory_changed(31.0) == []
+    assert stopped(scheduler.memory_changed(31.1)) == ["high"]
+
+
+def test_the_higher_priority_is_brought_in_first_but_not_before_one_that_starves() -> None:
+    rules = {"a": Rules(), "low": Rules(priority=-1), "high": Rules(priority=1)}
+    for waits_since, first in ((1.0, "high"), (-40.0, "low")):
+        scheduler = Scheduler(OneGpu(10, dict.fromkeys(rules, 10)), rules=rules.__getitem__)
+        busy(scheduler, "a", 1, -50.0)
+        scheduler.request_arrived(2, "low", waits_since)
+        scheduler.request_arrived(3, "high", 2.0)
+        scheduler.request_ended(1, 3.0)
+        assert started(scheduler.server_stopped("a", 4.0)) == [first]
+
+
+def test_a_promise_that_nobody_waits_for_any_more_drains_nobody() -> None:
+    scheduler = Scheduler(OneGpu(10, {"a": 10, "b": 10}))
+    busy(scheduler, "a", 1, 0.0)
+    scheduler.request_arrived(2, "b", 1.0)
+    scheduler.memory_changed(40.0)
+    assert scheduler.request_arrived(3, "a", 41.0) == [], "it is drained"
+    assert admitted(scheduler.request_ended(2, 42.0)) == [3]
+
+
+# --- queues ----------------------------------------------------------------------------------
+
+
+def test_requests_that_alternate_between_models_are_served_model_by_model() -> None:
+    scheduler = Scheduler(OneGpu(10, {"x": 10, "a": 10, "b": 10, "c": 10}))
+    busy(scheduler, "x", 0, 0.0)
+    for ticket in range(1, 7):
+        scheduler.request_arrived(ticket, "abc"[(ticket - 1) % 3], float(ticket))
+    order: list[int] = []
+    (model, ended), now = ("x", [0]), 10.0
+    while True:
+        effects = [effect for ticket in ended for effect in scheduler.request_ended(ticket, now)]
+        effects += scheduler.server_stopped(model, now + 1)
+        if not (begun := started(effects)):
+            break
+        (model,), now = begun, now + 100
+        ended = admitted(scheduler.server_ready(model, now))
+        order += ended
+        now += 100
+    assert order == [1, 4, 2, 5, 3, 6]
+
+
+def test_retry_after_is_the_rest_of_a_load_or_all_loads_that_come_before_and_the_own() -> None:
+    known = {"a": Rules(load_seconds=20.0), "b": Rules(load_seconds=5.0), "c": Rules(load_seconds=7.0)}
+    scheduler = Scheduler(OneGpu(10, dict.fromkeys("abc", 10)), Limits(queue_size=1), rules=known.__getitem__)
+    scheduler.request_arrived(1, "a", 0.0)
+    scheduler.request_arrived(2, "b", 1.0)
+    scheduler.request_arrived(3, "c", 2.0)
+    seconds = {}
+    for ticket, model in enumerate("abc", 4):
+        error = refused(scheduler.request_arrived(ticket, model, 8.0))[ticket]
+        assert isinstance(error, QueueFullError)
+        seconds[model] = error.retry_after_seconds
+    assert seconds == {"a": 12.0, "b": 12.0 + 5.0, "c": 12.0 + 5.0 + 7.0}
+
+
+# --- the limit on the number of servers ----------------------------------------------------------
+
+
+def test_where_only_the_number_is_limited_the_cheapest_to_load_again_leaves() -> None:
+    scheduler = Scheduler(on_cpu, Limits(pool_size=2), rules=alike(min_resident_seconds=0.0))
+    for ticket, (model, took) in enumerate({"slow": 60.0, "quick": 2.0}.items()):
+        now = 100.0 * ticket
+        scheduler.request_arrived(ticket, model, now)
+        scheduler.server_ready(model, now + took)
+        scheduler.request_ended(ticket, now + took)
+    assert stopped(scheduler.request_arrived(9, "new", 200.0)) == ["quick"], "not the longest idle"
+
+
+def test_a_pool_that_pinned_models_fill_refuses_at_once() -> None:
+    rules = {"pinned": Rules(pinned=True), "new": Rules()}
+    scheduler = Scheduler(on_cpu, Limits(pool_size=1), rules=rules.__getitem__)
+    loaded(scheduler, "pinned", 1, 0.0)
+    (error,) = refused(scheduler.request_arrived(2, "new", 1.0)).values()
+    assert "server_pool.size is 1" in str(error)
+
+
+def test_nobody_leaves_a_full_pool_for_a_model_that_fits_nowhere() -> None:
+    scheduler = Scheduler(OneGpu(10, {"small": 4, "huge": 11}), Limits(pool_size=1))
+    loaded(scheduler, "small", 1, 0.0)
+    effects = scheduler.request_arrived(2, "huge", 1.0)
+    assert stopped(effects) == []
+    assert list(refused(effects)) == [2]

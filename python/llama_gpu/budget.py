@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from llama_gpu import Gpu
 
-__all__ = ["Claim", "available_gpus", "held_by_ours", "is_back"]
+__all__ = ["Claim", "available_gpus", "held_by_ours", "is_back", "overdrawn_bytes"]
 
 BACK_FRACTION = 0.75
 """What share of a claim must be free again, where the driver tells no processes: claims are estimates."""
@@ -24,12 +24,14 @@ class Claim:
 
     ``bytes_by_gpu`` maps GPU UUIDs to bytes: the estimate while the server loads, the measured
     amount once it is ready. ``pid`` is the server's process, None before it has one;
-    ``settled`` is True once the server is ready and holds what it will hold.
+    ``settled`` is True once the server is ready and holds what it will hold. ``awaited`` says that its
+    server leaves and that its memory is promised to another, whose claim counts already.
     """
 
     bytes_by_gpu: Mapping[str, int] = field(default_factory=dict)
     pid: int | None = None
     settled: bool = False
+    awaited: bool = False
 
 
 def available_gpus(gpus: Sequence[Gpu], claims: Iterable[Claim]) -> list[Gpu]:
@@ -38,14 +40,31 @@ def available_gpus(gpus: Sequence[Gpu], claims: Iterable[Claim]) -> list[Gpu]:
     return [gpu.replace(free_bytes=_available_bytes(gpu, claims)) for gpu in gpus]
 
 
+def overdrawn_bytes(gpus: Sequence[Gpu], claims: Iterable[Claim]) -> dict[str, int]:
+    """By UUID, what was promised beyond what there is: others took it since.
+
+    So much of what comes back there is for nobody new.
+    """
+    claims = list(claims)
+    missing = {gpu.uuid: -(_left_bytes(gpu, claims, but_awaited=True) or 0) for gpu in gpus}
+    return {uuid: size for uuid, size in missing.items() if size > 0}
+
+
 def _available_bytes(gpu: Gpu, claims: Sequence[Claim]) -> int | None:
+    left = _left_bytes(gpu, claims)
+    return gpu.free_bytes if left is None else max(0, left)
+
+
+def _left_bytes(gpu: Gpu, claims: Sequence[Claim], *, but_awaited: bool = False) -> int | None:
+    """What all claims leave, less than nothing if need be; None where that is not known."""
     if gpu.free_bytes is None or gpu.total_bytes is None:
-        return gpu.free_bytes
-    claimed = sum(claim.bytes_by_gpu.get(gpu.uuid, 0) for claim in claims)
+        return None
+    counted = (claim for claim in claims if not (but_awaited and claim.awaited))
+    claimed = sum(claim.bytes_by_gpu.get(gpu.uuid, 0) for claim in counted)
     # What NVML shows as free lacks the driver's reserve and everybody's use, ours included:
     # give back what ours hold now, then take the whole claims away.
     free_without_ours = min(gpu.free_bytes + held_by_ours(gpu, claims), gpu.total_bytes)
-    return max(0, free_without_ours - claimed)
+    return free_without_ours - claimed
 
 
 def held_by_ours(gpu: Gpu, claims: Sequence[Claim]) -> int:

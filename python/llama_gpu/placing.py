@@ -9,14 +9,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from llama_gpu import Gpu, GpuSnapshot, MemoryEstimate, Placement, Policy, Running, place
-from llama_gpu.budget import Claim, available_gpus
+from llama_gpu.budget import Claim, available_gpus, overdrawn_bytes
 from llama_gpu.catalog import ModelEntry
 from llama_gpu.config import Config
 from llama_gpu.errors import DoesNotFitError, LlamaGpuError, ServerError
 from llama_gpu.memory.known import KnownMemory, Load
 from llama_gpu.residents import Assignment, ResidentView
+from llama_gpu.rules import Rules
 
-__all__ = ["Placing", "load_of", "memory_options"]
+__all__ = ["Placing", "load_of", "memory_options", "rules_of"]
 
 GIB = 1 << 30
 PLACING_ROUNDS = 4
@@ -70,12 +71,11 @@ class Placing:
             return Assignment("cpu", reason="on the CPU")
         entry = self._entry(model)
         taken = {uuid for resident in beside for uuid in resident.bytes_by_gpu}
-        gpus = [
-            gpu
-            for gpu in available_gpus(self._allowed_gpus(), (*claims, *self._more_claims()))
-            if gpu.uuid not in taken
-        ]
-        running = [resident.as_running() for resident in residents]
+        allowed = [gpu for gpu in self._allowed_gpus() if gpu.uuid not in taken]
+        claims = (*claims, *self._more_claims())
+        gpus = available_gpus(allowed, claims)
+        owed = overdrawn_bytes(allowed, claims)
+        running = [resident.as_running(owed) for resident in residents]
         try:
             return self._place(entry, gpus, running, whole=bool(beside))
         except LlamaGpuError:
@@ -179,6 +179,21 @@ def memory_options(entry: ModelEntry) -> dict[str, Any]:
         "kv_offload": options.kv_offload,
         "swa_full": options.swa_full,
     }
+
+
+def rules_of(entry: ModelEntry, load_seconds: float | None = None) -> Rules:
+    """What the entry's options ask of the scheduler; ``load_seconds`` is what an earlier load took."""
+    options = entry.options
+    return Rules(
+        pinned=options.pinned,
+        priority=options.priority,
+        slots=options.parallel,
+        replicas=options.replicas,
+        max_replicas=options.most_replicas,
+        min_resident_seconds=options.min_resident_seconds,
+        idle_seconds_before_unload=options.ttl_seconds,
+        load_seconds=load_seconds,
+    )
 
 
 def load_of(entry: ModelEntry) -> Load:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Protocol
 
 from llama_gpu import MemoryEstimate, Running
@@ -56,11 +57,15 @@ class ResidentView:
     reload_seconds: float | None
     priority: int = 0
 
-    def as_running(self) -> Running:
-        """The same as ``lg.place`` wants it; ``eviction_cost`` says what losing it costs."""
+    def as_running(self, owed_by_gpu: Mapping[str, int] = MappingProxyType({})) -> Running:
+        """The same as ``lg.place`` wants it; ``eviction_cost`` says what losing it costs.
+
+        What is owed on a GPU (bytes by UUID) would not come back for anybody new.
+        """
+        held = {uuid: max(0, size - owed_by_gpu.get(uuid, 0)) for uuid, size in self.bytes_by_gpu.items()}
         return Running(
             self.server,
-            bytes_by_gpu=dict(self.bytes_by_gpu),
+            bytes_by_gpu=held,
             busy=self.busy,
             idle_seconds=self.idle_seconds,
             priority=self.priority,

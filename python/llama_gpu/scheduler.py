@@ -283,7 +283,8 @@ class Scheduler:
         """Whether waiting can help: it would go in if all left that are not pinned."""
         views = leavers.views(model, lambda resident: not leavers.pinned(resident), starved=True)
         try:
-            self._placer(model, views, self._claims())
+            assignment = self._placer(model, views, self._claims())
+            choose_victims(self.limits.pool_size, leavers, views, assignment.evict)
         except LlamaGpuError:
             return False
         return True
@@ -334,10 +335,10 @@ class Scheduler:
         leavers = self._leavers(now)
         effects: list[Effect] = []
         for model in models:
-            wanted = wants_another(
-                self._in_service(model), self._waiting.count(model), self._rules(model)
-            ) and now >= self._no_replica_before.get(model, now)
-            if not wanted:
+            servers = self._in_service(model)
+            if len(servers) < len(self.servers_of(model)) or now < self._no_replica_before.get(model, now):
+                continue
+            if not wants_another(servers, self._waiting.count(model), self._rules(model)):
                 continue
             views = leavers.views(model, lambda _nobody: False)
             try:
@@ -404,7 +405,11 @@ class Scheduler:
         return Leavers(self._residents, self._rules, self._load_times.measured, now)
 
     def _claims(self) -> list[Claim]:
-        return [resident.claim for resident in self._residents.values()]
+        awaited = {server for resident in self._residents.values() for server in resident.waits_for}
+        return [
+            replace(resident.claim, awaited=True) if resident.server in awaited else resident.claim
+            for resident in self._residents.values()
+        ]
 
 
 def _waited_too_long(request: Request, now: float) -> ServerError:

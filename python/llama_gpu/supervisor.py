@@ -28,7 +28,7 @@ from llama_gpu.launch import Engine
 from llama_gpu.measured import measured_by_gpu
 from llama_gpu.monitor import REFRESH_TIMEOUT_SECONDS, GpuMonitor
 from llama_gpu.owning import FRESH_SECONDS, Owning
-from llama_gpu.placing import Placing
+from llama_gpu.placing import Placing, rules_of
 from llama_gpu.ports import Ports
 from llama_gpu.remembering import Remembering
 from llama_gpu.residents import Resident
@@ -171,17 +171,7 @@ class Supervisor:
 
     def _rules(self, model: str) -> Rules:
         entry = self.entry(model)
-        options = entry.options
-        return Rules(
-            pinned=options.pinned,
-            priority=options.priority,
-            slots=options.parallel,
-            replicas=options.replicas,
-            max_replicas=options.most_replicas,
-            min_resident_seconds=options.min_resident_seconds,
-            idle_seconds_before_unload=options.ttl_seconds,
-            load_seconds=self._memory.load_seconds(entry),
-        )
+        return rules_of(entry, self._memory.load_seconds(entry))
 
     @contextlib.asynccontextmanager
     async def acquire(self, model: str, conversation: str | None = None) -> AsyncIterator[Server]:
