@@ -60,7 +60,9 @@ def test_script_and_module_are_the_same():
     assert output_of("--version") == output_of("--version", program=MODULE) != ""
 
 
-@pytest.mark.parametrize("command", ["serve", "plan", "estimate", "accuracy", "inspect", "gpus", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["serve", "plan", "simulate", "estimate", "accuracy", "inspect", "gpus", "doctor"]
+)
 def test_every_command_explains_itself(command):
     assert command in output_of("--help")
     assert "--json" in output_of(command, "--help")

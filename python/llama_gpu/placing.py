@@ -15,9 +15,9 @@ from llama_gpu.config import Config
 from llama_gpu.errors import DoesNotFitError, LlamaGpuError, ServerError
 from llama_gpu.memory.known import KnownMemory, Load
 from llama_gpu.residents import Assignment, ResidentView
-from llama_gpu.rules import Rules
+from llama_gpu.rules import Limits, Rules
 
-__all__ = ["Placing", "load_of", "memory_options", "rules_of"]
+__all__ = ["Placing", "limits_of", "load_of", "memory_options", "rules_of"]
 
 GIB = 1 << 30
 PLACING_ROUNDS = 4
@@ -179,6 +179,17 @@ def memory_options(entry: ModelEntry) -> dict[str, Any]:
         "kv_offload": options.kv_offload,
         "swa_full": options.swa_full,
     }
+
+
+def limits_of(config: Config) -> Limits:
+    """What the configuration asks of the scheduler as a whole."""
+    pool = config.server_pool
+    return Limits(
+        pool_size=pool.size,
+        queue_size=pool.queue_size,
+        wait_seconds=pool.queue_timeout,
+        starvation_seconds=pool.starvation_timeout,
+    )
 
 
 def rules_of(entry: ModelEntry, load_seconds: float | None = None) -> Rules:

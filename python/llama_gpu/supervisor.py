@@ -28,11 +28,12 @@ from llama_gpu.launch import Engine
 from llama_gpu.measured import measured_by_gpu
 from llama_gpu.monitor import REFRESH_TIMEOUT_SECONDS, GpuMonitor
 from llama_gpu.owning import FRESH_SECONDS, Owning
-from llama_gpu.placing import Placing, rules_of
+from llama_gpu.placing import Placing, limits_of, rules_of
 from llama_gpu.ports import Ports
 from llama_gpu.remembering import Remembering
 from llama_gpu.residents import Resident
-from llama_gpu.scheduler import Admit, Effect, Limits, Refuse, Rules, Scheduler, Start, Stop
+from llama_gpu.rules import Rules
+from llama_gpu.scheduler import Admit, Effect, Refuse, Scheduler, Start, Stop
 from llama_gpu.server import Server
 from llama_gpu.starting import new_server
 
@@ -75,11 +76,7 @@ class Supervisor:
         )
         self.scheduler = Scheduler(
             self._placing,
-            Limits(
-                queue_size=config.server_pool.queue_size,
-                wait_seconds=config.server_pool.queue_timeout,
-                starvation_seconds=config.server_pool.starvation_timeout,
-            ),
+            limits_of(config),
             rules=self._rules,
         )
         self._owning = Owning(

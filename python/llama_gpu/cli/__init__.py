@@ -31,6 +31,7 @@ for _order, (_name, _purpose) in enumerate(
     {
         "serve": "Serve models through one OpenAI-compatible endpoint.",
         "plan": "Show which models can be on the GPUs together, and where.",
+        "simulate": "Play requests through the scheduler under a simulated clock.",
         "estimate": "Show how much memory a model takes, per device.",
         "accuracy": "Show what was said against what was taken.",
         "inspect": "Show what a GGUF file holds.",

@@ -5,16 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from llama_gpu.errors import ConfigError
+from llama_gpu.cli.figure import new_figure, save
 from llama_gpu.memory.shipped import ShippedCase
-
-try:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-except ImportError as error:
-    raise ConfigError(
-        "a chart needs matplotlib: pip install 'llama-gpu[plot]'", key="plot", source="the command line"
-    ) from error
 
 GIB = 1 << 30
 COLOURS = {"cuda": "#76b900", "generic": "#7f8fa6"}
@@ -27,8 +19,7 @@ def draw(file: Path, cases: Sequence[ShippedCase], loads: Sequence[tuple[str, in
         ConfigError: no such format.
         OSError: the file cannot be written.
     """
-    figure = Figure(figsize=(8, 8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure()
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     groups: list[tuple[str, str, str, list[tuple[int, int]]]] = [
         (
@@ -53,7 +44,4 @@ def draw(file: Path, cases: Sequence[ShippedCase], loads: Sequence[tuple[str, in
     above.legend()
     below.axhline(0, color="black", linewidth=0.7)
     below.set(xlabel="taken, GiB", ylabel="error, %")
-    try:
-        figure.savefig(file)
-    except ValueError as error:
-        raise ConfigError(f"{file}: {error}", key="plot", source="the command line") from error
+    save(figure, file)
