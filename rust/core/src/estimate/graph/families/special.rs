@@ -16,7 +16,7 @@ pub(super) fn gated_shared_expert(b: &mut Builder<'_>, cur: TensorId, mixed: Ten
     b.g.add(mixed, shared)
 }
 
-/// `GroveMoE`: a second, smaller set of experts with the same router.
+/// `GroveMoE`: a second, smaller set of experts with the same router, on what the first gives.
 pub(super) fn adjugates(b: &mut Builder<'_>, cur: TensorId, experts: Experts) -> TensorId {
     let logits = b.project("ffn_gate_inp", cur);
     let large = b.mixture(
@@ -38,7 +38,7 @@ pub(super) fn adjugates(b: &mut Builder<'_>, cur: TensorId, experts: Experts) ->
         used: experts.used.min(count),
         ..experts
     };
-    let small = b.mixture(cur, small);
+    let small = b.mixture(large, small);
     let small = b.g.unary(small);
     b.g.add(large, small)
 }
