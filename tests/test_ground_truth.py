@@ -18,9 +18,6 @@ NOT_DESCRIBED = {
 # Cases, of graphs that are described, that are off all the same.
 KNOWN_MISSES = {
     ("bailingmoe3-moe", "ctx8k-4dev"),
-    ("grovemoe-moe", "ctx8k-nofa"),
-    ("grovemoe-moe", "ctx64k-q4kv-2dev"),
-    ("grovemoe-moe", "ctx8k-nokvo"),
 }
 
 
