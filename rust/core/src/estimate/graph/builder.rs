@@ -96,6 +96,12 @@ const FEED_FORWARD_SCALES: &[&str] = &[
 
 pub(super) const NONE: TensorId = TensorId::NONE;
 
+/// Bounds of what experts multiply, by layer.
+pub(super) const EXPERT_CLAMP: &str = "swiglu_clamp_exp";
+
+/// The same of shared experts and dense layers.
+const CLAMP: &str = "swiglu_clamp_shexp";
+
 impl<'a> Builder<'a> {
     pub(super) fn new(
         g: &'a mut Graph,
@@ -189,6 +195,8 @@ impl<'a> Builder<'a> {
                     per_layer(&hyper.heads, il),
                     per_layer(&hyper.kv_heads, il),
                     per_layer(&hyper.experts_used, il),
+                    u64::from(self.clamps(EXPERT_CLAMP, il)),
+                    u64::from(self.clamps(CLAMP, il)),
                     mark(il),
                 ]
                 .iter()
@@ -633,7 +641,7 @@ impl<'a> Builder<'a> {
             raised
         };
         let mut cur = match activation {
-            Activation::Gated if has_gate => self.g.glu(gated, raised),
+            Activation::Gated if has_gate => self.gated(gated, raised, CLAMP),
             Activation::Gated => self.g.unary(gated),
             Activation::Squared => {
                 let cur = self.g.unary(gated);
@@ -649,6 +657,23 @@ impl<'a> Builder<'a> {
         } else {
             cur
         }
+    }
+
+    /// Gate and up in one operation; in four where the layer bounds them and its architecture knows no operation that does
+    /// (`build_ffn`, `build_moe_ffn`).
+    pub(super) fn gated(&mut self, gate: TensorId, up: TensorId, clamp: &str) -> TensorId {
+        if !self.clamps(clamp, self.il) {
+            return self.g.glu(gate, up);
+        }
+        let up = self.g.unary(up);
+        let gate = self.g.unary(gate);
+        let gate = self.g.unary(gate);
+        self.g.mul(gate, up)
+    }
+
+    fn clamps(&self, key: &str, il: usize) -> bool {
+        matches!(self.model.architecture(), "bailingmoe3" | "step35")
+            && self.model.at_layer(key, il).unwrap_or(0.0) > 1e-6
     }
 
     /// Only the rows that give logits go on; in the last layer.

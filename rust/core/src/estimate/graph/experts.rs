@@ -2,7 +2,7 @@
 
 use crate::gguf::GgmlType;
 
-use super::builder::{Builder, NONE};
+use super::builder::{Builder, EXPERT_CLAMP, NONE};
 use super::tensor::TensorId;
 
 /// How the router's logits become probabilities.
@@ -258,7 +258,8 @@ impl Builder<'_> {
             (gate, up)
         };
         match e.activation {
-            ExpertActivation::Usual if has_gate => self.g.glu(gate, up),
+            ExpertActivation::Usual if joint => self.g.glu(gate, up),
+            ExpertActivation::Usual if has_gate => self.gated(gate, up, EXPERT_CLAMP),
             ExpertActivation::Usual => self.g.unary(gate),
             ExpertActivation::Squared => {
                 let relu = self.g.unary(gate);

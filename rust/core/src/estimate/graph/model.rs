@@ -214,6 +214,15 @@ impl GraphModel {
         }
     }
 
+    /// A layer's own number, or the one for all.
+    pub(super) fn at_layer(&self, key: &str, il: usize) -> Option<f64> {
+        match find(&self.values, name_hash(key))? {
+            Value::Number(number) => Some(*number),
+            Value::Numbers(numbers) => numbers.get(il).copied(),
+            Value::Text(_) => None,
+        }
+    }
+
     /// The array under `key`, if it is one.
     pub(super) fn array(&self, key: &str) -> Option<&[f64]> {
         match find(&self.values, name_hash(key))? {
