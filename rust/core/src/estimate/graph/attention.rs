@@ -68,9 +68,8 @@ impl Builder<'_> {
     /// The same, or the batch alone for models without a cache.
     pub(super) fn any_attention_input(&mut self) -> AttentionInput {
         match self.model.architecture() {
-            "dream" | "llada" | "llada-moe" | "rnd1" | "gemma-embedding" => {
-                self.batch_attention_input()
-            }
+            "dream" | "llada" | "llada-moe" | "rnd1" | "gemma-embedding" | "llama-embed"
+            | "eurobert" | "neo-bert" | "modern-bert" => self.batch_attention_input(),
             _ => self.attention_input(),
         }
     }

@@ -699,6 +699,12 @@ impl<'a> Builder<'a> {
         self.g.expand(out);
     }
 
+    /// The end of a model that gives embeddings only.
+    pub(super) fn finish_embeddings(&mut self, cur: TensorId) {
+        self.g.set_output(cur);
+        self.g.expand(cur);
+    }
+
     fn logits(&mut self, cur: TensorId) -> TensorId {
         let head = self.head_weight();
         let cur = self.g.mul_mat(head, cur);

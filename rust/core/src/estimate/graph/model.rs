@@ -156,9 +156,9 @@ impl GraphModel {
                 repacked: repacks(tensor),
             };
             match layer_of(&tensor.name) {
-                Some((il, rest)) => {
+                Some((il, name)) => {
                     if let Some(layer) = kinds.get_mut(il) {
-                        layer.weights.push((name_hash(rest), weight));
+                        layer.weights.push((name, weight));
                     }
                 }
                 None => model.shared.push((name_hash(&tensor.name), weight)),
@@ -255,8 +255,13 @@ impl GraphModel {
     }
 }
 
-fn layer_of(name: &str) -> Option<(usize, &str)> {
+/// The layer of a tensor and the hash of its name in it: `blk.7.NAME` and `dec.blk.7.NAME` are NAME, `enc.blk.7.NAME` is enc.NAME.
+fn layer_of(name: &str) -> Option<(usize, u64)> {
+    let (prefix, name) = match name.strip_prefix("enc.") {
+        Some(name) => ("enc.", name),
+        None => ("", name.strip_prefix("dec.").unwrap_or(name)),
+    };
     let (number, rest) = name.strip_prefix("blk.")?.split_once('.')?;
     let il = number.parse().ok().filter(|il| *il < MOST_LAYERS)?;
-    Some((il, rest))
+    Some((il, hash_more(name_hash(prefix), rest)))
 }

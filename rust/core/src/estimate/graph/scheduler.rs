@@ -46,6 +46,8 @@ pub(super) struct Schedule {
     splits: Vec<Split>,
     /// For every layer's beginning, how many nodes come before it.
     layer_starts: Vec<usize>,
+    /// What was copied, and the (first) copy.
+    copied: Vec<(TensorId, TensorId)>,
     /// Rounds of nodes that run more often; empty when some round cannot be told apart.
     pub(super) rounds: Vec<Round>,
 }
@@ -87,12 +89,14 @@ const UNASSIGNED: u8 = u8::MAX;
 impl Schedule {
     /// Assigns backends, splits, and rewires the graph's sources to the copies.
     ///
-    /// False when a round of layers that stands for more cannot be repeated, because splits begin in it.
+    /// False when a round of layers that stands for more cannot be repeated, because splits begin in it, or the split that it is in
+    /// holds a copy for each of its layers.
     pub(super) fn build(&mut self, graph: &mut Graph, backends: Backends) -> bool {
         self.nodes.clear();
         self.leaves.clear();
         self.splits.clear();
         self.rounds.clear();
+        self.copied.clear();
         self.layer_starts.clear();
         self.backend_of.clear();
         self.backend_of.resize(graph.tensors.len(), UNASSIGNED);
@@ -158,6 +162,14 @@ impl Schedule {
             let copies = |(id, _): &(TensorId, u8)| id.index() >= known;
             let nodes = self.nodes.get(start..end).unwrap_or_default();
             if backends.copies > 1 && nodes.iter().any(copies) {
+                return false;
+            }
+            // a part of a larger input that each layer takes for itself is copied before the layers begin
+            let own = from.tensors..to.tensors;
+            let copied_before = |(source, copy): &(TensorId, TensorId)| {
+                own.contains(&source.index()) && !nodes.iter().any(|(id, _)| id == copy)
+            };
+            if self.copied.iter().any(copied_before) {
                 return false;
             }
             self.rounds.push(Round {
@@ -402,6 +414,7 @@ impl Schedule {
                         *entry = copy;
                     }
                     current.inputs.push(source);
+                    self.copied.push((source, copy));
                 }
                 if let Some(entry) = graph
                     .tensors

@@ -84,6 +84,18 @@ pub(super) enum Outputs {
     All,
 }
 
+/// What comes out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Head {
+    Logits,
+    /// Logits through the embeddings where they lie, not a copy of them (`BitNet`).
+    InputMatrix,
+    /// Normed embeddings; encoders have no logits.
+    Embeddings,
+    /// The same with `enc.output_norm`.
+    EncodedEmbeddings,
+}
+
 /// A kind of transformer.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Decoder {
@@ -114,6 +126,7 @@ pub(super) struct Decoder {
     pub(super) gating: Option<Gating>,
     pub(super) after_ffn: Option<&'static str>,
     pub(super) outputs: Outputs,
+    pub(super) head: Head,
     /// Operations between raw scores and softmax.
     pub(super) score_unaries: u8,
     /// Operations on the logits.
@@ -160,6 +173,10 @@ pub(super) enum Part {
     InputExperts,
     /// The layers run in loops with a norm between them (Nanbeige).
     Loops,
+    /// The first layer may start without a norm (Modern BERT).
+    FirstLayerUnnormed,
+    /// Norms before the last projection of both blocks (`BitNet`).
+    InnerNorms,
 }
 
 impl Decoder {
@@ -184,6 +201,7 @@ impl Decoder {
         gating: None,
         after_ffn: None,
         outputs: Outputs::InLastLayer,
+        head: Head::Logits,
         score_unaries: 0,
         logit_unaries: 0,
         part: Part::None,
@@ -249,12 +267,21 @@ impl Decoder {
             b.g.set_output(cur);
             cur = b.g.get_rows(cur, state.outputs);
         }
-        cur = b.output_norm(cur, self.norm);
+        cur = if self.head == Head::EncodedEmbeddings {
+            let weight = b.output_weight("enc.output_norm.weight");
+            b.norm_with(cur, weight, NONE, self.norm)
+        } else {
+            b.output_norm(cur, self.norm)
+        };
         if self.outputs == Outputs::AfterNorm {
             b.g.set_output(cur);
             cur = b.g.get_rows(cur, state.outputs);
         }
-        b.finish(cur, self.logit_unaries);
+        match self.head {
+            Head::Logits => b.finish(cur, self.logit_unaries),
+            Head::InputMatrix => super::special::finish_with_input_matrix(b, cur),
+            Head::Embeddings | Head::EncodedEmbeddings => b.finish_embeddings(cur),
+        }
     }
 
     fn temperature(self, b: &mut Builder<'_>) -> TensorId {
@@ -289,7 +316,8 @@ impl Decoder {
         } else {
             NONE
         };
-        let normed = if self.first_norm {
+        let bare = self.part == Part::FirstLayerUnnormed && !b.has("attn_norm");
+        let normed = if self.first_norm && !bare {
             b.norm(input, "attn_norm", self.norm)
         } else {
             input
@@ -361,6 +389,15 @@ impl Decoder {
             q = b.g.unary(q);
         }
         let sinks = b.weight("attn_sinks");
+        if self.part == Part::InnerNorms {
+            let extras = Extras {
+                output: "",
+                ..Extras::default()
+            };
+            let cur = b.attend(shared.attention, [q, k, v], extras);
+            let cur = b.rms(cur, "attn_sub_norm");
+            return b.project_biased("attn_output", cur);
+        }
         if b.has("attn_gate") {
             let cur = b.attend(
                 shared.attention,
@@ -480,6 +517,11 @@ impl Decoder {
     }
 
     fn feed_forward(self, b: &mut Builder<'_>, cur: TensorId, branch: Branch) -> TensorId {
+        if self.part == Part::InnerNorms {
+            let cur = b.ffn_named(cur, ["ffn_up", "ffn_gate", ""], self.activation);
+            let cur = b.rms(cur, "ffn_sub_norm");
+            return b.project("ffn_down", cur);
+        }
         if !b.has("ffn_gate_inp") || self.part == Part::Dense {
             return b.ffn(cur, self.activation);
         }

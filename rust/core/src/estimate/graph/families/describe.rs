@@ -3,7 +3,7 @@
 use super::super::builder::{Activation, Builder, Norm};
 use super::super::experts::Gating;
 use super::decoder::{
-    Decoder, Embedding, HeadNorms, Normed, Order, Outputs, Part, Rotary, Temperature,
+    Decoder, Embedding, Head, HeadNorms, Normed, Order, Outputs, Part, Rotary, Temperature,
 };
 
 const PLAIN: Decoder = Decoder::PLAIN;
@@ -147,7 +147,37 @@ pub(super) fn describe(b: &Builder<'_>) -> Option<Decoder> {
         "gemma-embedding" => Decoder {
             embedding: Embedding::Scaled,
             scales_queries: true,
+            head: Head::Embeddings,
+            factors: false,
             ..SANDWICH
+        },
+        "llama-embed" => Decoder {
+            head: Head::Embeddings,
+            ..PLAIN
+        },
+        "eurobert" => Decoder {
+            head: Head::Embeddings,
+            factors: false,
+            ..PLAIN
+        },
+        "neo-bert" => Decoder {
+            activation: Activation::Halves,
+            head: Head::EncodedEmbeddings,
+            factors: false,
+            ..PLAIN
+        },
+        "modern-bert" => Decoder {
+            embedding: Embedding::Normed(Norm::Layer),
+            activation: Activation::Halves,
+            head: Head::Embeddings,
+            part: Part::FirstLayerUnnormed,
+            ..LAYER_NORM
+        },
+        "bitnet" => Decoder {
+            factors: false,
+            head: Head::InputMatrix,
+            part: Part::InnerNorms,
+            ..PLAIN
         },
         "deepseek" => Decoder {
             normed: Normed::No,

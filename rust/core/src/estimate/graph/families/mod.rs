@@ -6,6 +6,8 @@ mod decoder;
 mod deepseek4;
 mod delta;
 mod describe;
+mod encoder;
+mod gemma;
 mod glm;
 mod hierarchical;
 mod hunyuan;
@@ -16,9 +18,11 @@ mod lightning;
 mod mamba;
 mod pools;
 mod residual;
+mod rwkv;
 mod sparse;
 mod special;
 mod streams;
+mod t5;
 
 use super::builder::Builder;
 use super::ops::Graph;
@@ -71,6 +75,12 @@ fn own_graph(architecture: &str) -> Option<fn(&mut Builder<'_>)> {
         "hy_v4" => hunyuan::hunyuan,
         "minicpm3" => latent::minicpm3,
         "plm" => latent::plm,
+        "gemma3n" => gemma::gemma3n,
+        "gemma4" => gemma::gemma4,
+        "bert" | "nomic-bert" | "nomic-bert-moe" | "jina-bert-v2" | "jina-bert-v3" => encoder::bert,
+        "rwkv6" | "rwkv7" | "rwkv6qwen2" | "arwkv7" => rwkv::rwkv,
+        "t5" => t5::t5,
+        "t5encoder" => t5::encoder,
         _ => return None,
     })
 }

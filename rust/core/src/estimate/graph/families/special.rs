@@ -82,3 +82,12 @@ pub(super) fn loop_mark(layers: usize, il: usize) -> u64 {
         0
     }
 }
+
+/// `BitNet` multiplies by the embeddings where they lie.
+pub(super) fn finish_with_input_matrix(b: &mut Builder<'_>, cur: TensorId) {
+    b.g.set_output(cur);
+    let table = b.input_weight("token_embd.weight");
+    let out = b.g.mul_mat(table, cur);
+    b.g.set_output(out);
+    b.g.expand(out);
+}
