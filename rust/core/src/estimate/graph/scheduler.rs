@@ -89,7 +89,7 @@ const UNASSIGNED: u8 = u8::MAX;
 impl Schedule {
     /// Assigns backends, splits, and rewires the graph's sources to the copies.
     ///
-    /// False when a round of layers that stands for more cannot be repeated, because splits begin in it, or the split that it is in
+    /// False when a round of layers that stands for more cannot be repeated: pipelined copies lie in it, or the split that it is in
     /// holds a copy for each of its layers.
     pub(super) fn build(&mut self, graph: &mut Graph, backends: Backends) -> bool {
         self.nodes.clear();
