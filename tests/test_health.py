@@ -31,6 +31,7 @@ def answer() -> dict[str, Any]:
     server = {
         "id": "ant:9000", "host": "127.0.0.1", "port": 9000, "model_id": "ant", "status": "running",
         "process": 7, "gpu_assignment": assignment, "active_requests": 0,
+        "degraded": [], "estimated_host_memory_bytes": 0,
     }  # fmt: skip
     pool = {
         "total_gpus": 1, "available_gpus": 1, "total_vram": 24.0, "total_vram_bytes": 24 * GIB,
@@ -39,7 +40,7 @@ def answer() -> dict[str, Any]:
     }  # fmt: skip
     return {
         "status": "ok", "mode": "gpu", "servers": [server], "gpu_pool_status": pool,
-        "snapshot_age_seconds": 0.5, "waiting_requests": 0, "reasons": [],
+        "host_memory": None, "snapshot_age_seconds": 0.5, "waiting_requests": 0, "reasons": [],
     }  # fmt: skip
 
 

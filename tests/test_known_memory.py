@@ -12,10 +12,11 @@ import llama_gpu as lg
 from llama_gpu.catalog import ModelEntry, scan
 from llama_gpu.config import load_config
 from llama_gpu.errors import DoesNotFitError
+from llama_gpu.loading import load_of
 from llama_gpu.memory.known import KnownMemory
 from llama_gpu.memory.record import DeviceTaken, Taken
 from llama_gpu.memory.store import EngineMark, MemoryStore
-from llama_gpu.placing import Placing, load_of
+from llama_gpu.placing import Placing
 from llama_gpu.residents import Assignment
 from support.gguf_builder import write_llama
 

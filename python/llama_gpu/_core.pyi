@@ -526,6 +526,7 @@ class MemoryEstimate:
         host: DeviceMemory,
         basis: Literal["exact", "generic rules", "projected", "measured"],
         context_length: int,
+        checkpoint_bytes: int = 0,
     ) -> Self: ...
     @property
     def devices(self) -> tuple[DeviceMemory, ...]:
@@ -547,6 +548,14 @@ class MemoryEstimate:
     @property
     def context_length(self) -> int:
         """Tokens over all slots, as llama.cpp resolves the options."""
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """What one context checkpoint of one slot takes in host memory; 0 where llama.cpp makes none.
+
+        A checkpoint is a copy of what cannot be rolled back: the window of sliding layers, the states of
+        recurrent ones (``create_checkpoint`` in tools/server/server-context.cpp).
+        """
 
     @property
     def total_device_bytes(self) -> int:
@@ -574,6 +583,7 @@ def estimate(
     kv_offload: bool = True,
     swa_full: bool = False,
     mmproj: str | PathLike[str] | Header | None = None,
+    mmproj_offload: bool = True,
     draft: str | PathLike[str] | Header | None = None,
     lora: Sequence[str | PathLike[str] | Header] = (),
     backend: Literal["cuda", "generic"] = "cuda",
@@ -605,6 +615,7 @@ def estimate(
         kv_offload: ``False`` keeps the cache on the host, as ``-nkvo``.
         swa_full: sliding layers get cells for the whole context, as ``--swa-full``.
         mmproj: a projector that is loaded with the model.
+        mmproj_offload: ``False`` keeps the projector on the host, as ``--no-mmproj-offload``.
         draft: a draft model that is loaded with the model.
         lora: LoRA adapters that are loaded with the model.
         backend: whose buffer rules count; ``"generic"`` is llama.cpp alone, without any driver's overhead.
@@ -830,6 +841,7 @@ def place(
     kv_offload: bool = True,
     swa_full: bool = False,
     mmproj: str | PathLike[str] | Header | None = None,
+    mmproj_offload: bool = True,
     draft: str | PathLike[str] | Header | None = None,
     backend: Literal["cuda", "generic"] = "cuda",
 ) -> Placement:
@@ -862,6 +874,7 @@ def place(
         kv_offload: see ``estimate``.
         swa_full: see ``estimate``.
         mmproj: see ``estimate``.
+        mmproj_offload: see ``estimate``.
         draft: see ``estimate``.
         backend: see ``estimate``.
 

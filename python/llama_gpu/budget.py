@@ -1,4 +1,4 @@
-"""What every GPU has left: ``total - reserved - others' use - our claims``.
+"""What every GPU, and the host, has left: ``total - reserved - others' use - our claims``.
 
 Pure arithmetic over one snapshot and the claims of our own servers. A claim counts from the
 decision to load until the memory has come back, so a GPU is never promised twice, whatever
@@ -12,7 +12,16 @@ from dataclasses import dataclass, field
 
 from llama_gpu import Gpu
 
-__all__ = ["Claim", "available_gpus", "held_by_ours", "is_back", "overdrawn_bytes"]
+__all__ = [
+    "Claim",
+    "HostMemory",
+    "HostUse",
+    "available_gpus",
+    "available_host_bytes",
+    "held_by_ours",
+    "is_back",
+    "overdrawn_bytes",
+]
 
 BACK_FRACTION = 0.75
 """What share of a claim must be free again, where the driver tells no processes: claims are estimates."""
@@ -25,13 +34,36 @@ class Claim:
     ``bytes_by_gpu`` maps GPU UUIDs to bytes: the estimate while the server loads, the measured
     amount once it is ready. ``pid`` is the server's process, None before it has one;
     ``settled`` is True once the server is ready and holds what it will hold. ``awaited`` says that its
-    server leaves and that its memory is promised to another, whose claim counts already.
+    server leaves and that its memory is promised to another, whose claim counts already. ``host_bytes`` is
+    promised of the host's memory, mapped weights included, to the server of this id.
     """
 
     bytes_by_gpu: Mapping[str, int] = field(default_factory=dict)
     pid: int | None = None
     settled: bool = False
     awaited: bool = False
+    host_bytes: int = 0
+    server: str = ""
+
+
+@dataclass(frozen=True)
+class HostUse:
+    """What one server holds of the host's memory now: all of it, and what nobody else can have."""
+
+    resident_bytes: int = 0
+    private_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """The host's memory; ``available_bytes`` can be had without swapping.
+
+    Both are those of the container where that has less. ``used_by`` has what our servers hold, by id.
+    """
+
+    total_bytes: int
+    available_bytes: int
+    used_by: Mapping[str, HostUse] = field(default_factory=dict)
 
 
 def available_gpus(gpus: Sequence[Gpu], claims: Iterable[Claim]) -> list[Gpu]:
@@ -109,3 +141,26 @@ def _is_back_on(gpu: Gpu, before: Gpu | None, claim: Claim) -> bool:
 
 def _lists(gpu: Gpu, pid: int | None) -> bool:
     return pid is not None and any(process.pid == pid for process in gpu.processes or ())
+
+
+def available_host_bytes(host: HostMemory, claims: Iterable[Claim], limit_bytes: int | None = None) -> int:
+    """What may still be claimed of the host's memory, in bytes.
+
+    Less than nothing is what was promised beyond what there is: so much of what comes back is for nobody
+    new. ``limit_bytes`` is the most that all claims together may come to.
+    """
+    claims = list(claims)
+    left = _left_on_host(host, claims, limit_bytes, but_awaited=False)
+    return left if left >= 0 else min(0, _left_on_host(host, claims, limit_bytes, but_awaited=True))
+
+
+def _left_on_host(
+    host: HostMemory, claims: Sequence[Claim], limit_bytes: int | None, *, but_awaited: bool
+) -> int:
+    # Weights that are mapped from a file can be dropped by the kernel at any time, so they still count
+    # as available once they are loaded: only whole claims keep them from being promised again.
+    held = {claim.server: host.used_by.get(claim.server, HostUse()).private_bytes for claim in claims}
+    counted = [claim for claim in claims if not (but_awaited and claim.awaited)]
+    claimed = sum(max(claim.host_bytes, held[claim.server]) for claim in counted)
+    left = min(host.available_bytes + sum(held.values()), host.total_bytes) - claimed
+    return left if limit_bytes is None else min(left, limit_bytes - claimed)

@@ -49,6 +49,12 @@ class Counts:
             ["reason"],
             registry=self.registry,
         )
+        self._degradations = Counter(
+            "llama_gpu_degradations",
+            "What models were started without because it would not fit, by the option, partial or cpu",
+            ["kind"],
+            registry=self.registry,
+        )
         self._failures = Counter(
             "llama_gpu_failures",
             "What failed, by the code that error answers carry",
@@ -71,6 +77,9 @@ class Counts:
         for effect in effects:
             if isinstance(effect, Stop):
                 self._evictions.labels(effect.cause).inc()
+            elif isinstance(effect, Start):
+                for given_up in effect.assignment.degraded:
+                    self._degradations.labels(given_up.kind).inc()
             elif isinstance(effect, Refuse):
                 self.failed(effect.error)
 

@@ -6,7 +6,7 @@ LlamaGpuError
 │   └── UnsupportedModelError           a valid file that cannot be estimated .architecture
 ├── GpuError
 │   └── NvmlUnavailableError            no driver library, or it fails        .reason
-├── DoesNotFitError                     .required_bytes .free_bytes_by_gpu .smallest_change
+├── DoesNotFitError                     .required_bytes .free_bytes_by_gpu .smallest_change .short_by_bytes
 ├── ConfigError (ValueError)            .key .source
 └── ServerError                         a llama.cpp server                    .model
     ├── StartTimeoutError
@@ -88,7 +88,11 @@ class DoesNotFitError(LlamaGpuError):
 
     ``required_bytes`` is what the closest attempt needed over all its GPUs,
     ``free_bytes_by_gpu`` what each allowed GPU (by UUID) could have given, and
-    ``smallest_change`` the least change that would make it fit, in words.
+    ``smallest_change`` the least change that would make it fit, in words. ``short_by_bytes`` is
+    how much more was needed than there is. Where it is host memory that is short, ``"host"``
+    stands among the GPUs, and the other figures are of that.
+
+    ``degradations_tried`` has a sentence for each declared degradation that did not help either.
     """
 
     def __init__(
@@ -98,11 +102,28 @@ class DoesNotFitError(LlamaGpuError):
         required_bytes: int = 0,
         free_bytes_by_gpu: Mapping[str, int] | None = None,
         smallest_change: str | None = None,
+        short_by_bytes: int = 0,
+        degradations_tried: Sequence[str] = (),
     ) -> None:
         super().__init__(message)
         self.required_bytes = required_bytes
+        self.short_by_bytes = short_by_bytes
+        self.degradations_tried = tuple(degradations_tried)
         self.free_bytes_by_gpu = dict(free_bytes_by_gpu or {})
         self.smallest_change = smallest_change
+
+    def having_tried(self, degradations: Sequence[str]) -> DoesNotFitError:
+        """The same, with what was given up in vain, each on top of those before it."""
+        if not degradations:
+            return self
+        return DoesNotFitError(
+            f"{self}. Given up in vain, one after the other: {'; '.join(degradations)}",
+            required_bytes=self.required_bytes,
+            free_bytes_by_gpu=self.free_bytes_by_gpu,
+            smallest_change=self.smallest_change,
+            short_by_bytes=self.short_by_bytes,
+            degradations_tried=degradations,
+        )
 
 
 class ConfigError(LlamaGpuError, ValueError):

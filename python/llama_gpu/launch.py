@@ -7,13 +7,23 @@ take the plan as it is. Nothing here starts a process or looks at the machine.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-__all__ = ["UNASSIGNED_PORT", "DryRun", "Engine", "LaunchPlan", "plan_dry_run", "plan_launch"]
+__all__ = [
+    "DEFAULT_CACHE_RAM_BYTES",
+    "UNASSIGNED_PORT",
+    "DryRun",
+    "Engine",
+    "LaunchPlan",
+    "host_caches",
+    "plan_dry_run",
+    "plan_launch",
+]
 
 UNASSIGNED_PORT = 0
 """The port of a plan whose server picks a free one when it starts."""
@@ -23,6 +33,9 @@ EVERY_LAYER = 999
 
 MIB = 1024 * 1024
 DEFAULT_CACHE_RAM_BYTES = 1024 * MIB
+
+CACHE_RAM = ("--cache-ram", "-cram")
+CONTEXT_CHECKPOINTS = ("--ctx-checkpoints", "-ctxcp", "--swa-checkpoints")
 
 INHERITED_OVERRIDES = ("LLAMA_ARG_", "LLAMA_API_KEY", "LLAMA_SERVER_ROUTER_PORT")
 """Variables that llama-server reads as flags: inherited, they would change what was planned."""
@@ -126,11 +139,13 @@ def plan_launch(
     kv_offload: bool = True,
     swa_full: bool = False,
     mmproj: str | Path | None = None,
+    mmproj_offload: bool = True,
     draft: str | Path | None = None,
     embeddings: bool = False,
     pooling: str | None = None,
     threads: int | None = None,
     cache_ram_bytes: int = DEFAULT_CACHE_RAM_BYTES,
+    context_checkpoints: int | None = None,
     extra_arguments: Sequence[str] = (),
     host: str = "127.0.0.1",
     port: int = UNASSIGNED_PORT,
@@ -161,12 +176,15 @@ def plan_launch(
         kv_offload: Whether the KV cache lies on the GPU.
         swa_full: Full-size cache for sliding-window layers.
         mmproj: A multimodal projector.
+        mmproj_offload: Whether the projector lies on the first GPU.
         draft: A smaller model of the same vocabulary, for speculative decoding; it goes to the same devices.
         embeddings: Whether ``/v1/embeddings`` answers. Chat still does.
         pooling: ``"none"``, ``"mean"``, ``"cls"``, ``"last"`` or ``"rank"``; ``None`` leaves it to the model.
         threads: Threads for generation; ``None`` leaves it to llama.cpp (one per physical core).
         cache_ram_bytes: Host memory for prompts of earlier conversations (llama.cpp's own default is 8 GiB
             for every server, which several servers on one machine do not have).
+        context_checkpoints: How many copies of a slot's state are kept in host memory, for models whose state
+            cannot be rolled back; ``None`` leaves it to llama.cpp.
         extra_arguments: Appended as they are; the last one of a flag wins in llama.cpp.
         host: Address to listen on.
         port: 0 lets the server pick a free one when it starts.
@@ -191,6 +209,7 @@ def plan_launch(
         cpu_moe_layers=cpu_moe_layers,
         kv_offload=kv_offload,
         swa_full=swa_full,
+        mmproj_offload=mmproj_offload,
     )
     argv += ["--mmproj", str(mmproj)] if mmproj is not None else []
     if draft is not None:
@@ -198,7 +217,9 @@ def plan_launch(
     argv += ["--embeddings"] if embeddings else []
     argv += ["--pooling", pooling] if pooling is not None else []
     argv += ["-t", str(threads)] if threads is not None else []
-    argv += ["--cache-ram", str(cache_ram_bytes // MIB)]
+    argv += [CACHE_RAM[0], str(cache_ram_bytes // MIB)]
+    if context_checkpoints is not None and engine.knows(CONTEXT_CHECKPOINTS[0]):
+        argv += [CONTEXT_CHECKPOINTS[0], str(context_checkpoints)]
     argv += _service_flags(engine)
     argv += extra_arguments
     environment = {**_gpus_in_order(gpu_uuids), "LLAMA_API_KEY": api_key}
@@ -238,6 +259,23 @@ def plan_dry_run(
     return DryRun(tuple(argv), MappingProxyType(_gpus_in_order(gpu_uuids)))
 
 
+def host_caches(
+    cache_ram_bytes: int, context_checkpoints: int | None, extra_arguments: Sequence[str]
+) -> tuple[int, int | None]:
+    """Bytes of the prompt cache, and checkpoints of a slot, as a server holds them in the end.
+
+    Flags that pass through win over both options; a cache without a limit counts as one of the bytes given.
+    """
+    said = dict(itertools.pairwise(extra_arguments))
+    for flag in (*CACHE_RAM, *CONTEXT_CHECKPOINTS):
+        value = said.get(flag, "")
+        if value.isdecimal() and flag in CACHE_RAM:
+            cache_ram_bytes = int(value) * MIB
+        elif value.isdecimal() and context_checkpoints is not None:
+            context_checkpoints = int(value)
+    return cache_ram_bytes, context_checkpoints
+
+
 def _gpus_in_order(gpu_uuids: Sequence[str]) -> dict[str, str]:
     return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(gpu_uuids)}
 
@@ -254,12 +292,14 @@ def _memory_flags(
     cpu_moe_layers: int | Literal["all"] = 0,
     kv_offload: bool = True,
     swa_full: bool = False,
+    mmproj_offload: bool = True,
 ) -> list[str]:
     flags = ["-c", str(context_length), "-np", str(parallel)]
     flags += ["-b", str(batch), "-ub", str(micro_batch), "-fa", flash_attention]
     flags += ["-ctk", cache_type_k, "-ctv", cache_type_v]
     flags += _experts_flags(cpu_moe_layers)
     flags += ["-nkvo"] if not kv_offload else []
+    flags += ["--no-mmproj-offload"] if not mmproj_offload else []
     return [*flags, "--swa-full"] if swa_full else flags
 
 

@@ -97,6 +97,8 @@ class Leavers:
             idle_seconds=max(0.0, self._now - resident.last_used) if idle else 0.0,
             reload_seconds=0.0 if free else self._load_seconds(resident.model),
             priority=priority,
+            stays=self.pinned(resident),
+            host_bytes=resident.assignment.host_bytes,
         )
 
 

@@ -52,7 +52,7 @@ _REPLIES: tuple[tuple[type[Exception], int, str, tuple[str, ...]], ...] = (
         errors.DoesNotFitError,
         503,
         "does_not_fit",
-        ("required_bytes", "free_bytes_by_gpu", "smallest_change"),
+        ("required_bytes", "free_bytes_by_gpu", "smallest_change", "short_by_bytes", "degradations_tried"),
     ),
     (errors.InvalidGgufError, 422, "model_file_broken", ("reason", "offset", "path")),
     (errors.ModelFileError, 422, "model_file_unusable", ("path",)),

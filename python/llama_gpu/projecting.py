@@ -22,10 +22,10 @@ from llama_gpu.budget import Claim
 from llama_gpu.catalog import ModelEntry
 from llama_gpu.errors import LlamaGpuError
 from llama_gpu.launch import DryRun, plan_dry_run
+from llama_gpu.loading import estimate_options, load_of
 from llama_gpu.memory.case import Case
 from llama_gpu.memory.known import KnownMemory
 from llama_gpu.memory.projection import projected_estimate, read_projection
-from llama_gpu.placing import load_of, memory_options
 from llama_gpu.residents import Assignment
 
 __all__ = ["Projecting"]
@@ -100,7 +100,7 @@ class Projecting:
         gpus = [by_uuid[uuid] for uuid in assignment.gpu_uuids if uuid in by_uuid]
         said = assignment.estimate
         roomy = gpus and all((gpu.free_bytes or 0) >= CONTEXT_BYTES for gpu in gpus)
-        case = self._known.case(load_of(entry), said, gpus) if said and roomy else None
+        case = self._known.case(load_of(entry, assignment.options), said, gpus) if said and roomy else None
         if said is None or case is None or case in self._asked or self._known.find(case):
             return None
         run = plan_dry_run(
@@ -109,7 +109,7 @@ class Projecting:
             gpu_uuids=assignment.gpu_uuids,
             gpu_layers=assignment.gpu_layers,
             tensor_split=assignment.tensor_split or (),
-            **memory_options(entry),
+            **estimate_options(assignment.options),
         )
         return None if run is None else _Question(case, said, run, assignment.gpu_uuids)
 

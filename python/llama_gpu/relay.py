@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 import aiohttp
 from starlette.types import Receive, Scope, Send
@@ -63,13 +63,15 @@ async def until_client_leaves(receive: Receive) -> None:
 class Upstream:
     """The server that answers: its address, its key, and the model's id for messages.
 
-    ``why_stopped`` tells, once a stream was cut, why the server was stopped, if it was.
+    ``headers`` are added to its answers. ``why_stopped`` tells, once a stream was cut, why the server was
+    stopped, if it was.
     """
 
     session: aiohttp.ClientSession
     base_url: str
     api_key: str
     model: str
+    headers: Mapping[str, str] = field(default_factory=dict)
     why_stopped: Callable[[], str | None] = lambda: None
 
 
@@ -121,6 +123,7 @@ async def _stream_back(response: aiohttp.ClientResponse, send: Send, upstream: U
     headers = [
         (name.lower(), value) for name, value in response.raw_headers if name.lower() not in _HOP_BY_HOP
     ]
+    headers += [(name.lower().encode(), value.encode()) for name, value in upstream.headers.items()]
     is_event_stream = response.content_type == "text/event-stream"
     if is_event_stream:
         headers.append((b"x-accel-buffering", b"no"))

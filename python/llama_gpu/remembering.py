@@ -11,18 +11,18 @@ from typing import Any
 
 import structlog
 
-from llama_gpu import Gpu, MemoryEstimate, estimate
+from llama_gpu import Gpu, estimate
 from llama_gpu.budget import Claim
 from llama_gpu.buffer_lines import LoadedBuffers
 from llama_gpu.catalog import ModelEntry
 from llama_gpu.config import Config
 from llama_gpu.launch import Engine
+from llama_gpu.loading import load_of
 from llama_gpu.measured import taken_by_load
 from llama_gpu.memory.known import KnownMemory
 from llama_gpu.memory.projection import projection_tool
 from llama_gpu.memory.record import Taken
 from llama_gpu.memory.store import store_at
-from llama_gpu.placing import load_of
 from llama_gpu.projecting import Projecting
 from llama_gpu.residents import Assignment
 
@@ -118,14 +118,10 @@ class Remembering:
         used = [by_uuid[uuid] for uuid in assignment.gpu_uuids if uuid in by_uuid]
         # The engine may have been replaced since; then nobody knows which of the two this was.
         if taken is not None and entry.header is not None and build == self.known.build:
-            self._spawn(
-                _in_thread(self._remember, entry, assignment.estimate, used, taken), f"remembering {entry.id}"
-            )
+            self._spawn(_in_thread(self._remember, entry, assignment, used, taken), f"remembering {entry.id}")
 
-    def _remember(
-        self, entry: ModelEntry, said: MemoryEstimate | None, gpus: Sequence[Gpu], taken: Taken
-    ) -> None:
-        load = load_of(entry)
+    def _remember(self, entry: ModelEntry, assignment: Assignment, gpus: Sequence[Gpu], taken: Taken) -> None:
+        load, said = load_of(entry, assignment.options), assignment.estimate
         if said is None or len(said.devices) != len(gpus):
             said = estimate(load.header, **{**load.options, "devices": len(gpus)})
         case = self.known.case(load, said, gpus)

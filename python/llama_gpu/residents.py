@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol
 
 from llama_gpu import MemoryEstimate, Running
 from llama_gpu.budget import Claim
+from llama_gpu.degradation import GivenUp
 
 __all__ = [
     "Assignment",
@@ -27,7 +28,8 @@ class Assignment:
     """Where a model goes. ``bytes_by_gpu`` and the per-device tuples are empty on the CPU.
 
     ``bytes_by_gpu`` is the best that is known, ``estimate`` what was reckoned without that knowledge.
-    ``evict`` has the servers that must leave first.
+    ``evict`` has the servers that must leave first. ``options`` are those that the server is started
+    with, ``degraded`` what it gives up of those configured, ``host_bytes`` what it takes of host memory.
     """
 
     mode: str
@@ -40,13 +42,17 @@ class Assignment:
     evict: tuple[str, ...] = ()
     reason: str = ""
     estimate: MemoryEstimate | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    degraded: tuple[GivenUp, ...] = ()
+    host_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class ResidentView:
-    """What a placer may know of a server: ``busy`` ones must not leave for the newcomer.
+    """What a placer may know of a server: ``busy`` ones must not leave for the newcomer now.
 
-    ``priority`` is that of its model, or less where it does not protect it from this newcomer.
+    One that ``stays`` never will. ``priority`` is that of its model, or less where it does not protect it
+    from this newcomer.
     """
 
     server: str
@@ -56,6 +62,8 @@ class ResidentView:
     idle_seconds: float
     reload_seconds: float | None
     priority: int = 0
+    stays: bool = False
+    host_bytes: int = 0
 
     def as_running(self, owed_by_gpu: Mapping[str, int] = MappingProxyType({})) -> Running:
         """The same as ``lg.place`` wants it; ``eviction_cost`` says what losing it costs.
@@ -152,4 +160,10 @@ class Resident:
     @property
     def claim(self) -> Claim:
         """This resident's entry in the sum that no GPU may exceed."""
-        return Claim(self.bytes_by_gpu, self.pid, settled=self.state is ResidentState.READY)
+        return Claim(
+            self.bytes_by_gpu,
+            self.pid,
+            settled=self.state is ResidentState.READY,
+            host_bytes=self.assignment.host_bytes,
+            server=self.server,
+        )

@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Literal
@@ -78,6 +78,7 @@ class Server:
         ports: Where the port comes from; default any free one.
         start_timeout_seconds: How long loading may take.
         stop_grace_seconds: How long the child may take to end after TERM before it is killed.
+        degraded: What it was started without of what is configured, in words, for its clients.
         on_log: Called in the event loop with every line the child writes.
     """
 
@@ -91,11 +92,13 @@ class Server:
         ports: Ports | None = None,
         start_timeout_seconds: float = 600.0,
         stop_grace_seconds: float = 10.0,
+        degraded: Sequence[str] = (),
         on_log: Callable[[str], None] | None = None,
     ) -> None:
         self.model = model
         self.build = build
         self.plan = plan
+        self.degraded = tuple(degraded)
         self.pid: int | None = None
         self.exit_code: int | None = None
         self.started_seconds: float | None = None

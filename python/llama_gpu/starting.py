@@ -10,7 +10,6 @@ import structlog
 from llama_gpu.catalog import ModelEntry
 from llama_gpu.config import ServerPoolSettings
 from llama_gpu.launch import Engine, plan_launch
-from llama_gpu.placing import memory_options
 from llama_gpu.ports import Ports
 from llama_gpu.residents import Assignment
 from llama_gpu.server import Server
@@ -47,7 +46,7 @@ def new_server(
         threads=entry.options.threads,
         extra_arguments=entry.options.extra_arguments,
         host=pool.bind_host,
-        **memory_options(entry),
+        **assignment.options,
     )
     return Server(
         plan,
@@ -57,5 +56,6 @@ def new_server(
         ports=ports,
         start_timeout_seconds=entry.options.start_timeout_seconds or pool.health_timeout,
         stop_grace_seconds=pool.stop_timeout,
+        degraded=tuple(one.text for one in assignment.degraded),
         on_log=structlog.get_logger("llama_gpu.engine").bind(model=name).debug,
     )

@@ -18,12 +18,14 @@ import aiohttp
 import structlog
 
 from llama_gpu import Gpu, GpuSnapshot, has_host_pids
+from llama_gpu.budget import HostMemory
 from llama_gpu.catalog import Catalog, ModelEntry
 from llama_gpu.config import Config
 from llama_gpu.counts import Counts
 from llama_gpu.engine import find_engine
 from llama_gpu.errors import LlamaGpuError, ModelFileError, ServerError, UnknownModelError
 from llama_gpu.events import StateChanges
+from llama_gpu.host import host_memory
 from llama_gpu.launch import Engine
 from llama_gpu.measured import measured_by_gpu
 from llama_gpu.monitor import REFRESH_TIMEOUT_SECONDS, GpuMonitor
@@ -40,7 +42,10 @@ from llama_gpu.starting import new_server
 __all__ = ["ResidentServer", "Supervisor"]
 
 CPU_POOL_SIZE = 4
-"""Residents at most where no GPU memory sets a bound and the configuration names none."""
+"""Residents at most where no memory sets a bound and the configuration names none."""
+
+HOST_AGE_SECONDS = 1.0
+"""How old the host's memory may be where it is only shown."""
 
 _log = structlog.get_logger("llama_gpu")
 
@@ -66,7 +71,9 @@ class Supervisor:
             place=lambda model: self._placing(model, (), ()),
             gpus=lambda: self.snapshot.gpus,
         )
-        self._placing = Placing(config, self.entry, self._memory.known, self._memory.claims)
+        self._placing = Placing(
+            config, self.entry, self._memory.known, self._memory.claims, host=self._read_host
+        )
         self.counts = Counts()
         self.changes = StateChanges()
         self.monitor = GpuMonitor(
@@ -96,6 +103,8 @@ class Supervisor:
         self._scan: asyncio.Future[Catalog] | None = None
         self._told_mode: tuple[bool, str | None] | None = None
         self._closing = False
+        self._host: HostMemory | None = None
+        self._host_read_at = float("-inf")
         self.started_at = int(time.time())
         self.session: aiohttp.ClientSession
 
@@ -222,6 +231,19 @@ class Supervisor:
         return self._placing.on_cpu
 
     @property
+    def host(self) -> HostMemory | None:
+        """The host's memory, at most a second old; None where it cannot be read."""
+        if time.monotonic() - self._host_read_at > HOST_AGE_SECONDS:
+            self._read_host()
+        return self._host
+
+    def _read_host(self) -> HostMemory | None:
+        processes = {name: server.pid for name, server in self._owning.servers.items()}
+        self._host = host_memory({name: pid for name, pid in processes.items() if pid is not None})
+        self._host_read_at = time.monotonic()
+        return self._host
+
+    @property
     def why_no_gpu(self) -> str:
         """Why there is no GPU, in words; of use only where there is none."""
         return self.snapshot.error or "the driver lists no GPU"
@@ -250,6 +272,9 @@ class Supervisor:
         match effect:
             case Start(_, assignment, server):
                 _log.info(f"load {server}: {assignment.reason}", decided_us=round(microseconds))
+                if assignment.degraded:
+                    given_up = ", ".join(one.text for one in assignment.degraded)
+                    _log.warning(f"{server} is degraded to get a place: {given_up}")
                 self._spawn(self._owning.own(effect), f"server {server}")
             case Stop(_, reason, _, server):
                 _log.info(f"unload {server}: {reason}", decided_us=round(microseconds))
@@ -312,7 +337,8 @@ class Supervisor:
     def _snapshot_taken(self, snapshot: GpuSnapshot) -> None:
         self._placing.snapshot = snapshot
         pool = self.config.server_pool.size
-        size = pool if pool is not None else CPU_POOL_SIZE if self.on_cpu else None
+        bound_by_memory = not self.on_cpu or self.host is not None
+        size = CPU_POOL_SIZE if pool is None and not bound_by_memory else pool
         self.scheduler.set_pool_size(size)
         self._tell_mode(snapshot)
         # Where the driver's library fails as a whole the GPUs may well go on working: new models

@@ -45,6 +45,8 @@ class EstimateOptions(TypedDict, total=False):
     """Sliding layers get cells for the whole context, as ``--swa-full``."""
     mmproj: str | PathLike[str] | Header | None
     """A projector that is loaded with the model."""
+    mmproj_offload: bool
+    """``False`` keeps the projector on the host, as ``--no-mmproj-offload``."""
     draft: str | PathLike[str] | Header | None
     """A draft model that is loaded with the model."""
     lora: Sequence[str | PathLike[str] | Header]

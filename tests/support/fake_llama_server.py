@@ -83,6 +83,7 @@ VALUES = {
     "-md": "draft",
     "-ngld": "draft_layers",
     "--spec-type": "spec_type",
+    "--ctx-checkpoints": "checkpoints",
     "--fake": "fake",
 }
 SWITCHES = (
@@ -90,6 +91,7 @@ SWITCHES = (
     "-no-kvu",
     "-cmoe",
     "-nkvo",
+    "--no-mmproj-offload",
     "--swa-full",
     "--embeddings",
     "--metrics",

@@ -32,6 +32,9 @@ __all__ = ["build_app"]
 MAX_BODY_BYTES = 512 << 20
 """The largest request body: pictures and audio travel inside, whole models do not."""
 
+DEGRADED = "X-Llama-Gpu-Degraded"
+"""Tells, in every answer of a server, what it was started without because it would not fit."""
+
 CLIENT_LEFT = 499
 """What the metrics call the status of an answer that nobody waited for."""
 
@@ -134,6 +137,7 @@ class _Relayed:
                     server.base_url,
                     server.api_key,
                     entry.id,
+                    headers={DEGRADED: ", ".join(server.degraded)} if server.degraded else {},
                     why_stopped=lambda: server.stop_reason,
                 )
                 status = await relay(scope, receive, send, body=body, upstream=upstream)

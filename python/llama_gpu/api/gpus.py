@@ -11,12 +11,12 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, Field, model_validator
 
 from llama_gpu import Gpu
-from llama_gpu.budget import Claim, available_gpus, held_by_ours
+from llama_gpu.budget import Claim, available_gpus, available_host_bytes, held_by_ours
 from llama_gpu.events import gpu_state
 from llama_gpu.residents import Resident
 from llama_gpu.supervisor import Supervisor
 
-__all__ = ["GpuHealth", "GpuPoolStatus", "Gpus", "gib", "gpus", "pool_status"]
+__all__ = ["GpuHealth", "GpuPoolStatus", "Gpus", "HostHealth", "gib", "gpus", "host_health", "pool_status"]
 
 GIB = 1 << 30
 
@@ -81,10 +81,25 @@ class GpuPoolStatus(BaseModel):
         return self
 
 
+class HostHealth(BaseModel):
+    """The host's memory, or the container's. ``available``: what may still be claimed, after our promises.
+
+    ``ours``: what our servers hold of it, mapped weights included, which still count as available to others.
+    """
+
+    total_memory: NonNegative
+    total_memory_bytes: Bytes
+    available_memory: NonNegative
+    available_memory_bytes: Bytes
+    ours_memory: NonNegative
+    ours_memory_bytes: Bytes
+
+
 class Gpus(BaseModel):
-    """What ``/api/gpus`` answers."""
+    """What ``/api/gpus`` answers. ``host`` is null where the host's memory cannot be read."""
 
     gpus: list[GpuHealth]
+    host: HostHealth | None
     driver_version: str | None
     error: str | None
     snapshot_age_seconds: NonNegative
@@ -99,9 +114,28 @@ def gpus(supervisor: Supervisor) -> Gpus:
     """Every GPU of the last snapshot; never waits for the driver."""
     return Gpus(
         gpus=listed_gpus(supervisor),
+        host=host_health(supervisor),
         driver_version=supervisor.snapshot.driver_version,
         error=supervisor.snapshot.error,
         snapshot_age_seconds=supervisor.monitor.age_seconds,
+    )
+
+
+def host_health(supervisor: Supervisor) -> HostHealth | None:
+    """The host's memory when it was last looked at, less what our servers have been promised of it."""
+    host, residents = supervisor.host, supervisor.scheduler.residents.values()
+    if host is None:
+        return None
+    claims, limit = [resident.claim for resident in residents], supervisor.config.memory.host_limit_bytes
+    available = max(0, available_host_bytes(host, claims, limit))
+    ours = sum(use.resident_bytes for use in host.used_by.values())
+    return HostHealth(
+        total_memory=host.total_bytes / GIB,
+        total_memory_bytes=host.total_bytes,
+        available_memory=available / GIB,
+        available_memory_bytes=available,
+        ours_memory=ours / GIB,
+        ours_memory_bytes=ours,
     )
 
 

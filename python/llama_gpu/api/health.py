@@ -6,7 +6,17 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
 
-from llama_gpu.api.gpus import Bytes, Count, GpuIndex, GpuPoolStatus, NonNegative, gib, pool_status
+from llama_gpu.api.gpus import (
+    Bytes,
+    Count,
+    GpuIndex,
+    GpuPoolStatus,
+    HostHealth,
+    NonNegative,
+    gib,
+    host_health,
+    pool_status,
+)
 from llama_gpu.events import server_state
 from llama_gpu.residents import Resident
 from llama_gpu.supervisor import Supervisor
@@ -35,7 +45,11 @@ class GpuAssignment(BaseModel):
 
 
 class ServerHealth(BaseModel):
-    """One running or starting server."""
+    """One running or starting server.
+
+    ``degraded``: what it was started without because it would not fit. ``estimated_host_memory_bytes``: what
+    it is promised of the host's memory, mapped weights included.
+    """
 
     id: str
     host: str
@@ -45,6 +59,8 @@ class ServerHealth(BaseModel):
     process: Annotated[int, Field(gt=0)] | None
     gpu_assignment: GpuAssignment | None
     active_requests: Count
+    degraded: list[str]
+    estimated_host_memory_bytes: Bytes
 
 
 class Health(BaseModel):
@@ -54,6 +70,7 @@ class Health(BaseModel):
     mode: Literal["gpu", "cpu"]
     servers: list[ServerHealth]
     gpu_pool_status: GpuPoolStatus
+    host_memory: HostHealth | None
     snapshot_age_seconds: NonNegative
     waiting_requests: Count
     reasons: list[str]
@@ -95,6 +112,7 @@ def health(supervisor: Supervisor) -> Health:
         mode="gpu" if any(gpu.health != "lost" for gpu in pool.gpu_list) else "cpu",
         servers=servers,
         gpu_pool_status=pool,
+        host_memory=host_health(supervisor),
         snapshot_age_seconds=supervisor.monitor.age_seconds,
         waiting_requests=supervisor.scheduler.waiting_count(),
         reasons=reasons,
@@ -122,6 +140,8 @@ def _servers(supervisor: Supervisor, total_bytes: dict[str, int | None]) -> list
                 process=server.pid,
                 gpu_assignment=assignment,
                 active_requests=len(resident.active),
+                degraded=[given_up.text for given_up in resident.assignment.degraded],
+                estimated_host_memory_bytes=resident.assignment.host_bytes,
             )
         )
     return found

@@ -15,7 +15,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_late
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from llama_gpu import __version__
-from llama_gpu.api.gpus import GpuHealth, listed_gpus
+from llama_gpu.api.gpus import GpuHealth, HostHealth, host_health, listed_gpus
 from llama_gpu.residents import ResidentState, model_state
 from llama_gpu.server import Server
 from llama_gpu.supervisor import Supervisor
@@ -93,12 +93,14 @@ class _States(Collector):
         age = supervisor.monitor.age_seconds
         yield _one("llama_gpu_snapshot_age_seconds", "Time since the GPUs were looked at", age)
         yield from _about_gpus(listed_gpus(supervisor))
+        yield from _about_host(host_health(supervisor))
         yield from self._about_models()
 
     def _about_models(self) -> Iterator[Metric]:
         scheduler = self._supervisor.scheduler
         state = _gauge("model_state", "1 for the state that a model is in", "model", "state")
         said = _gauge("model_estimated_vram_bytes", "VRAM that a model was estimated to take", "model")
+        on_host = _gauge("model_estimated_host_bytes", "Host memory that a model is promised", "model")
         held = _gauge("model_measured_vram_bytes", "VRAM that a model was measured to hold", "model")
         count = _gauge("model_servers", "Servers that load, run or stop", "model")
         active = _gauge("model_active_requests", "Requests being answered", "model")
@@ -113,10 +115,11 @@ class _States(Collector):
             if servers:
                 active.add_metric([model], sum(len(resident.active) for resident in servers))
                 said.add_metric([model], sum(_bytes(r.assignment.bytes_by_gpu) for r in servers))
+                on_host.add_metric([model], sum(r.assignment.host_bytes for r in servers))
                 measured = [r.measured_by_gpu for r in servers if r.measured_by_gpu is not None]
                 if measured:
                     held.add_metric([model], sum(map(_bytes, measured)))
-        yield from (state, count, said, held, active, waiting)
+        yield from (state, count, said, on_host, held, active, waiting)
         prompt = _counter("model_prompt_tokens", "Tokens of prompts, as the engine counts them", "model")
         generated = _counter("model_generated_tokens", "Tokens generated, as the engine counts them", "model")
         for model, tokens in self._tokens.items():
@@ -141,6 +144,14 @@ def _about_gpus(listed: Sequence[GpuHealth]) -> Iterator[Metric]:
         for known in ("ok", "degraded", "lost"):
             health.add_metric([*labels[gpu.uuid], known], float(gpu.health == known))
     yield from (busy, health)
+
+
+def _about_host(host: HostHealth | None) -> Iterator[Metric]:
+    if host is not None:
+        total, available, ours = host.total_memory_bytes, host.available_memory_bytes, host.ours_memory_bytes
+        yield _one("llama_gpu_host_memory_total_bytes", "All memory of the host, or the container", total)
+        yield _one("llama_gpu_host_memory_available_bytes", "Host memory that may be claimed", available)
+        yield _one("llama_gpu_host_memory_ours_bytes", "Host memory that our servers hold", ours)
 
 
 def _bytes(by_gpu: Mapping[str, int]) -> int:

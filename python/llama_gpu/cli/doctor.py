@@ -15,7 +15,9 @@ from llama_gpu.cli.show import print_json, print_lines, size
 from llama_gpu.config import Config, load_config
 from llama_gpu.engine import find_engine, list_devices
 from llama_gpu.errors import ConfigError
+from llama_gpu.host import host_memory
 from llama_gpu.launch import Engine
+from llama_gpu.supervisor import CPU_POOL_SIZE
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def doctor(*models: Path, config: Path | None = None, json: bool = False) -> int
         _about_python(),
         *_about_gpus(settings),
         *_about_engine(settings),
-        _about_memory(),
+        _about_memory(settings),
         *_about_models(settings),
         *_about_ports(settings),
         *(Finding("settings", ok=False, text=warning) for warning in settings.warnings),
@@ -143,22 +145,19 @@ def _about_engine(settings: Config) -> Iterator[Finding]:
             yield Finding("engine devices", ok=False, text=str(error))
 
 
-def _about_memory() -> Finding:
-    pages = {name: os.sysconf(name) for name in ("SC_PHYS_PAGES", "SC_PAGE_SIZE")}
-    total = pages["SC_PHYS_PAGES"] * pages["SC_PAGE_SIZE"]
-    available = _available_bytes()
-    free = "" if available is None else f"{size(available)} available of "
-    return Finding("memory", ok=True, text=f"{free}{size(total)}, {os.cpu_count()} CPUs")
-
-
-def _available_bytes() -> int | None:
-    """``MemAvailable``, where the system tells it."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    kibibytes = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
-    return None if kibibytes is None else int(kibibytes) * 1024
+def _about_memory(settings: Config) -> Finding:
+    host, cpus = host_memory(), f"{os.cpu_count()} CPUs"
+    if host is None:
+        text = f"the host's memory cannot be read, {CPU_POOL_SIZE} models at once run on the CPU; {cpus}"
+        return Finding("memory", ok=True, text=text)
+    limit = settings.memory.host_limit_bytes
+    most = f", of which servers may take {size(limit)} (memory.host_limit_bytes)" if limit is not None else ""
+    headroom = settings.memory.host_headroom_bytes
+    text = f"{size(host.available_bytes)} available of {size(host.total_bytes)}{most}, {cpus}"
+    if host.available_bytes > headroom:
+        return Finding("memory", ok=True, text=text)
+    advice = f"{size(headroom)} must stay free: end other programs, or lower memory.host_headroom_bytes"
+    return Finding("memory", ok=False, text=f"{text}; {advice}")
 
 
 def _about_models(settings: Config) -> Iterator[Finding]:

@@ -46,6 +46,8 @@ class EstimateFlags:
     """Full-size cache for sliding-window layers."""
     mmproj: Path | None = None
     """A projector that is loaded with the model."""
+    no_mmproj_offload: bool = False
+    """Keep the projector in host memory."""
     draft: Path | None = None
     """A draft model that is loaded with the model."""
     lora: tuple[Path, ...] = ()
@@ -55,5 +57,6 @@ class EstimateFlags:
         """What ``llama_gpu.estimate`` takes."""
         chosen = dict(self.__dict__)
         chosen["kv_offload"] = not chosen.pop("no_kv_offload")
+        chosen["mmproj_offload"] = not chosen.pop("no_mmproj_offload")
         chosen["tensor_split"] = list(self.tensor_split) or None
         return chosen

@@ -6,6 +6,7 @@ Later wins: defaults, configuration file, ``LLAMA_GPU_<SECTION>_<KEY>``, command
 from llama_gpu.config.load import environment_names, load_config
 from llama_gpu.config.settings import (
     Config,
+    DegradeStep,
     EngineSettings,
     GpuSettings,
     LogSettings,
@@ -16,6 +17,7 @@ from llama_gpu.config.settings import (
 
 __all__ = [
     "Config",
+    "DegradeStep",
     "EngineSettings",
     "GpuSettings",
     "LogSettings",

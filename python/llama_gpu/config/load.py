@@ -166,6 +166,8 @@ def _path_in(data: Any, location: tuple[int | str, ...]) -> KeyPath:
         try:
             data = data[part]
         except (LookupError, TypeError):
+            if isinstance(data, dict):
+                continue
             break
         path.append(str(part))
     return tuple(path) or (str(location[0]),)
@@ -182,7 +184,10 @@ def _problem(path: KeyPath, details: list[ErrorDetails]) -> str:
         hint = f'; did you mean "{".".join(nearest)}"?' if nearest else f"; known here: {', '.join(known)}"
         return f'unknown key "{name}"{hint}'
     expected = dict.fromkeys(
-        detail["msg"].replace("Input should be", "should be", 1).replace("valid dictionary", "table")
+        detail["msg"]
+        .replace("Input should be", "should be", 1)
+        .replace("valid dictionary", "table")
+        .removeprefix("Value error, ")
         for detail in details
     )
     return f"{name} = {details[0]['input']!r} {' or '.join(expected)}"
@@ -211,7 +216,11 @@ def _all_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def _model_of(field: FieldInfo) -> type[BaseModel] | None:
-    for kind in (field.annotation, *get_args(field.annotation)):
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return kind
-    return None
+    return next(_models_in(field.annotation), None)
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models_in(part)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AliasChoices,
@@ -17,12 +17,15 @@ from pydantic import (
     BeforeValidator,
     ByteSize,
     ConfigDict,
+    Discriminator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     PrivateAttr,
+    Tag,
+    model_validator,
 )
 
 from llama_gpu.memory.store import default_file
@@ -56,6 +59,46 @@ class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
+class DegradeStep(_Settings):
+    """What a model gives up in one step: some of its options, each with less of it."""
+
+    context_length: PositiveInt | None = None
+    """A shorter context: the longest that fits, of at least so many tokens."""
+    cache_type_k: CacheType | None = None
+    """Cached keys of fewer bits."""
+    cache_type_v: CacheType | None = None
+    """Cached values of fewer bits; a quantised type needs flash attention."""
+    parallel: PositiveInt | None = None
+    """Fewer slots."""
+    micro_batch: PositiveInt | None = None
+    """A smaller physical batch."""
+    cpu_moe_layers: PositiveInt | Literal["all"] | None = None
+    """Experts of more layers on the CPU."""
+    kv_offload: Literal[False] | None = None
+    """The cache in host memory."""
+    mmproj_offload: Literal[False] | None = None
+    """The projector in host memory."""
+    cache_ram_bytes: Annotated[ByteSize, Field(ge=0)] | None = None
+    """A smaller cache for the prompts of earlier conversations."""
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The options that it changes, by name."""
+        return {name: getattr(self, name) for name in sorted(self.model_fields_set)}
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if not any(value is not None for value in self.changes.values()):
+            raise ValueError("should name at least one option, such as {context_length: 4096}")
+        return self
+
+
+Degradation = Annotated[
+    Annotated[DegradeStep, Tag("options")] | Annotated[Literal["partial", "cpu"], Tag("word")],
+    Discriminator(lambda step: "options" if isinstance(step, dict | DegradeStep) else "word"),
+]
+
+
 class ModelOptions(_Settings):
     """How a model is loaded and kept. The defaults are llama-server's where it has one."""
 
@@ -83,6 +126,10 @@ class ModelOptions(_Settings):
     """true keeps the cache on the GPU, false in host memory."""
     swa_full: bool = False
     """Full-size cache for sliding-window layers."""
+    mmproj_offload: bool = True
+    """true keeps the projector on the GPU, false in host memory."""
+    cache_ram_bytes: Annotated[ByteSize, Field(ge=0)] | None = None
+    """Host memory for prompts of earlier conversations; unset = 1GiB, less on a small host, 0 = none."""
     threads: PositiveInt | None = None
     """CPU threads; unset leaves the choice to the engine."""
     mmproj: Annotated[
@@ -109,6 +156,10 @@ class ModelOptions(_Settings):
     """When no GPU fits: never, partial or allow the CPU; unset = as gpu.cpu_fallback says."""
     partial: bool = False
     """May leave some layers on the CPU when no GPU fits them all."""
+    degrade: tuple[Degradation, ...] = ()
+    """What it gives up, one after the other, when it fits nowhere: see What a model may give up."""
+    degrade_at_once: bool = False
+    """true: gives it up rather than wait for a model that is busy."""
     gpus: GpuNames | None = None
     """The GPUs it may use, by UUID or index; unset = any."""
     max_gpus: PositiveInt | None = None
@@ -126,6 +177,13 @@ class ModelOptions(_Settings):
     def most_replicas(self) -> int:
         """Servers of it at most."""
         return max(self.replicas, self.max_replicas or 1)
+
+    @model_validator(mode="after")
+    def _never_is_never(self) -> Self:
+        words = [step for step in self.degrade if isinstance(step, str)]
+        if self.cpu == "never" and words:
+            raise ValueError(f"should not have {words[0]} in degrade, because cpu is never")
+        return self
 
 
 class ServerSettings(_Settings):
@@ -148,7 +206,7 @@ class ServerPoolSettings(_Settings):
     """The llama.cpp servers behind the endpoint."""
 
     size: PositiveInt | None = None
-    """How many servers may run at once; unset = as GPU memory allows, 4 on the CPU."""
+    """How many servers may run at once; unset = as memory allows, 4 on a CPU whose memory cannot be read."""
     host: str = "127.0.0.1"
     """Loopback address of the servers; they never listen on another."""
     port_start: Port | None = None
@@ -234,12 +292,17 @@ class EngineSettings(_Settings):
 
 
 class MemorySettings(_Settings):
-    """What is remembered of the memory that loads took."""
+    """The host's memory, and what is remembered of the memory that loads took."""
 
     file: Path | None = None
     """Where it is remembered; unset = memory.sqlite3 in the user's folder for caches."""
     projection: bool = True
     """Ask llama.cpp what the models will take, where its llama-fit-params stands beside llama-server."""
+
+    host_headroom_bytes: Annotated[ByteSize, Field(ge=0)] = ByteSize(512 * 1024 * 1024)
+    """Host memory left free, such as 512MiB."""
+    host_limit_bytes: Annotated[ByteSize, Field(ge=0)] | None = None
+    """Host memory that all servers together may take; unset = what is available."""
 
     @property
     def path(self) -> Path | None:
@@ -278,7 +341,7 @@ class Config(_Settings):
     engine: EngineSettings = EngineSettings()
     """The llama.cpp that does the work."""
     memory: MemorySettings = MemorySettings()
-    """What is remembered of the memory that loads took."""
+    """The host's memory, and what is remembered of the memory that loads took."""
     log: LogSettings = LogSettings()
     """What is written to the standard error stream."""
 
@@ -320,6 +383,8 @@ class Config(_Settings):
         }
         for options in (self.defaults, *(self.models[key] for key in self.patterns_for(model_id))):
             chosen |= {name: getattr(options, name) for name in options.model_fields_set}
+            if options.cpu == "never":
+                chosen["degrade"] = tuple(s for s in chosen.get("degrade", ()) if isinstance(s, DegradeStep))
         return ModelOptions().model_copy(update=chosen)
 
 

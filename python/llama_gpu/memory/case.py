@@ -84,6 +84,8 @@ def options_text(
         chosen["lora"] = sorted(model_identity(adapter) for adapter in options["lora"])
     if lora := options.get("lora"):
         chosen["lora"] = [model_identity(adapter) for adapter in lora]
+    if not options.get("mmproj_offload", True):  # left out otherwise, so that older keys stay good
+        chosen["mmproj_offload"] = False
     if extra_arguments:
         chosen["extra_arguments"] = list(extra_arguments)
     return json.dumps(chosen, sort_keys=True, separators=(",", ":"))

@@ -19,7 +19,8 @@ from llama_gpu.budget import Claim
 from llama_gpu.catalog import Catalog
 from llama_gpu.config import Config
 from llama_gpu.errors import DoesNotFitError
-from llama_gpu.placing import Placing, limits_of, memory_options, rules_of
+from llama_gpu.loading import memory_options
+from llama_gpu.placing import Placing, limits_of, rules_of
 from llama_gpu.residents import Assignment, ResidentView
 from llama_gpu.rules import Limits, Rules
 from llama_gpu.scheduler import Scheduler

@@ -78,6 +78,7 @@ pub(crate) fn estimate_error(py: Python<'_>, header: &Header, error: &EstimateEr
 pub(crate) struct ParsedOptions {
     pub(crate) options: EstimateOptions,
     pub(crate) projector: Option<ProjectorFacts>,
+    pub(crate) projector_on_host: bool,
     pub(crate) draft: Option<Arc<ModelFacts>>,
     adapter_headers: Vec<Arc<Header>>,
 }
@@ -147,6 +148,7 @@ impl ParsedOptions {
                     .map_err(|e| estimate_error(value.py(), &header, &e))?;
                 self.projector = Some(facts);
             }
+            "mmproj_offload" => self.projector_on_host = !value.extract::<bool>()?,
             "draft" if value.is_none() => self.draft = None,
             "draft" => self.draft = Some(facts_of(value.py(), &header_from_any(value)?)?),
             _ => return Ok(false),
@@ -168,6 +170,7 @@ impl ParsedOptions {
     pub(crate) fn companions(&self) -> Companions<'_> {
         Companions {
             projector: self.projector.as_ref(),
+            projector_on_host: self.projector_on_host,
             draft: self.draft.as_deref(),
             adapters: &[],
         }
@@ -326,12 +329,13 @@ pub(crate) struct PyMemoryEstimate(pub(crate) MemoryEstimate);
 #[pymethods]
 impl PyMemoryEstimate {
     #[new]
-    #[pyo3(signature = (*, devices, host, basis, context_length))]
+    #[pyo3(signature = (*, devices, host, basis, context_length, checkpoint_bytes=0))]
     fn new(
         devices: Vec<PyDeviceMemory>,
         host: PyDeviceMemory,
         basis: &Bound<'_, PyAny>,
         context_length: u32,
+        checkpoint_bytes: u64,
     ) -> PyResult<Self> {
         use llama_gpu_core::estimate::Basis;
         let known = [
@@ -346,6 +350,7 @@ impl PyMemoryEstimate {
             host: host.0,
             basis: word("basis", basis, &known)?,
             context_length,
+            checkpoint_bytes,
         }))
     }
 
@@ -370,6 +375,11 @@ impl PyMemoryEstimate {
     }
 
     #[getter]
+    fn checkpoint_bytes(&self) -> u64 {
+        self.0.checkpoint_bytes
+    }
+
+    #[getter]
     fn total_device_bytes(&self) -> u64 {
         self.0.total_device_bytes()
     }
@@ -383,6 +393,7 @@ impl PyMemoryEstimate {
         fields.set_item("host", self.host())?;
         fields.set_item("basis", self.basis())?;
         fields.set_item("context_length", self.context_length())?;
+        fields.set_item("checkpoint_bytes", self.checkpoint_bytes())?;
         Ok((PyTuple::empty(py), fields))
     }
 
@@ -395,11 +406,13 @@ impl PyMemoryEstimate {
             .collect();
         let comma = if devices.len() == 1 { "," } else { "" };
         format!(
-            "MemoryEstimate(devices=({}{comma}), host={}, basis='{}', context_length={})",
+            "MemoryEstimate(devices=({}{comma}), host={}, basis='{}', context_length={}, \
+             checkpoint_bytes={})",
             devices.join(", "),
             PyDeviceMemory(self.0.host).__repr__(),
             self.0.basis.name(),
-            self.0.context_length
+            self.0.context_length,
+            self.0.checkpoint_bytes
         )
     }
 }
@@ -409,8 +422,8 @@ impl PyMemoryEstimate {
     signature = (model, **options),
     text_signature = "(model, *, context_length=0, parallel=1, kv_unified=False, batch=2048, micro_batch=512, \
                       flash_attention='auto', cache_type_k='f16', cache_type_v='f16', gpu_layers=None, devices=1, \
-                      tensor_split=None, cpu_moe_layers=0, kv_offload=True, swa_full=False, mmproj=None, draft=None, lora=(), \
-                      backend='cuda', compute_capability=None)"
+                      tensor_split=None, cpu_moe_layers=0, kv_offload=True, swa_full=False, mmproj=None, \
+                      mmproj_offload=True, draft=None, lora=(), backend='cuda', compute_capability=None)"
 )]
 pub(crate) fn estimate(
     model: &Bound<'_, PyAny>,

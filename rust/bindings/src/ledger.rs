@@ -17,10 +17,16 @@ fn refused(py: Python<'_>, ledger: &Ledger, refusal: &Refused) -> PyErr {
     match refusal {
         Refused::UnknownPool(_) => PyKeyError::new_err(message),
         Refused::AlreadyReleased => PyRuntimeError::new_err(message),
-        Refused::TooLittle { asked_bytes, .. } => {
+        Refused::TooLittle {
+            asked_bytes,
+            available_bytes,
+            ..
+        } => {
+            let short_by_bytes = asked_bytes.saturating_sub(*available_bytes);
             let fields = PyDict::new(py);
             let filled = fields
                 .set_item("required_bytes", asked_bytes)
+                .and_then(|()| fields.set_item("short_by_bytes", short_by_bytes))
                 .and_then(|()| fields.set_item("free_bytes_by_gpu", ledger.available()));
             match filled {
                 Ok(()) => raise(py, "DoesNotFitError", &message, &fields),

@@ -465,6 +465,7 @@ impl KnownModel {
             Arc::ptr_eq(&one.facts, &facts)
                 && one.parsed.options == parsed.options
                 && one.parsed.projector == parsed.projector
+                && one.parsed.projector_on_host == parsed.projector_on_host
                 && match (&one.parsed.draft, &parsed.draft) {
                     (None, None) => true,
                     (Some(one), Some(other)) => Arc::ptr_eq(one, other),
@@ -518,8 +519,8 @@ impl KnownModel {
     signature = (model, gpus, *, policy=None, running=None, **options),
     text_signature = "(model, gpus, *, policy=None, running=(), context_length=0, parallel=1, kv_unified=False, \
                       batch=2048, micro_batch=512, flash_attention='auto', cache_type_k='f16', cache_type_v='f16', \
-                      gpu_layers=None, cpu_moe_layers=0, kv_offload=True, swa_full=False, mmproj=None, draft=None, \
-                      backend='cuda')"
+                      gpu_layers=None, cpu_moe_layers=0, kv_offload=True, swa_full=False, mmproj=None, \
+                      mmproj_offload=True, draft=None, backend='cuda')"
 )]
 pub(crate) fn place(
     model: &Bound<'_, PyAny>,
@@ -575,6 +576,7 @@ pub(crate) fn does_not_fit(py: Python<'_>, refusal: &DoesNotFit) -> PyErr {
         .iter()
         .try_for_each(|(uuid, bytes)| free.set_item(uuid, bytes))
         .and_then(|()| fields.set_item("required_bytes", refusal.required_bytes))
+        .and_then(|()| fields.set_item("short_by_bytes", refusal.short_by_bytes))
         .and_then(|()| fields.set_item("free_bytes_by_gpu", free))
         .and_then(|()| fields.set_item("smallest_change", refusal.smallest_change.as_deref()));
     match filled {

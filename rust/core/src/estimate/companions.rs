@@ -113,6 +113,8 @@ impl AdapterFacts {
 pub struct Companions<'a> {
     /// `--mmproj`.
     pub projector: Option<&'a ProjectorFacts>,
+    /// `--no-mmproj-offload`: the projector stays on the host.
+    pub projector_on_host: bool,
     /// `-md`.
     pub draft: Option<&'a ModelFacts>,
     /// `--lora`, any number.
@@ -121,7 +123,8 @@ pub struct Companions<'a> {
 
 /// Estimates a model together with its projector and draft model.
 ///
-/// The projector goes to the first device (`clip_ctx`, tools/mtmd/clip.cpp). The draft gets the
+/// The projector goes to the first device (`clip_ctx`, tools/mtmd/clip.cpp), unless it is to stay on
+/// the host. The draft gets the
 /// model's context, slots and split, an f16 cache, and all its layers on devices
 /// (`common_base_params_to_speculative`, common/speculative.cpp); its compute buffer is an upper
 /// bound, because it asks for one output a slot.
@@ -148,7 +151,8 @@ pub fn estimate_with(
     }
     if let Some(projector) = companions.projector {
         let bytes = weights::device_bytes(projector.weights, options.backend);
-        if let Some(device) = sum.devices.first_mut() {
+        let device = sum.devices.first_mut();
+        if let Some(device) = device.filter(|_| !companions.projector_on_host) {
             device.weights_bytes = device.weights_bytes.saturating_add(bytes);
             device.compute_bytes = device.compute_bytes.saturating_add(projector.compute);
         } else {

@@ -64,12 +64,38 @@ pub(super) fn layer_contexts(
         .collect()
 }
 
-fn tensor_bytes(
-    tensor: &CacheTensor,
+/// What the server copies of one slot to the host as a checkpoint (`create_checkpoint`,
+/// tools/server/server-context.cpp): what cannot be rolled back, that is the window of sliding
+/// layers and the states of recurrent ones.
+pub(super) fn checkpoint_bytes(
     facts: &ModelFacts,
     options: &EstimateOptions,
     resolved: &Resolved,
-) -> ContextBytes {
+) -> u64 {
+    let (context, window) = (
+        u64::from(resolved.context_per_slot),
+        facts.hyperparameters.sliding_window.map_or(0, |(_, n)| n),
+    );
+    let bytes = |tensor: &CacheTensor| {
+        let rows = match tensor.rows {
+            CacheRows::Window if !options.swa_full => context.min(window.into()),
+            CacheRows::Slot => 1,
+            CacheRows::Fixed(rows) => u64::from(rows),
+            CacheRows::Window | CacheRows::Context | CacheRows::Compressed(_) => 0,
+        };
+        let (element, width) = element_of(tensor, options, resolved);
+        let row = element.row_bytes(width).unwrap_or(u64::MAX);
+        row.saturating_mul(rows)
+    };
+    let all = facts.cache.iter().flatten().map(bytes);
+    all.fold(0, u64::saturating_add)
+}
+
+fn element_of(
+    tensor: &CacheTensor,
+    options: &EstimateOptions,
+    resolved: &Resolved,
+) -> (GgmlType, u64) {
     let element = match tensor.element {
         CacheElement::Key => options.cache_type_k,
         CacheElement::Value => options.cache_type_v,
@@ -80,6 +106,16 @@ fn tensor_bytes(
     } else {
         tensor.width_without_flash
     };
+    (element, width)
+}
+
+fn tensor_bytes(
+    tensor: &CacheTensor,
+    facts: &ModelFacts,
+    options: &EstimateOptions,
+    resolved: &Resolved,
+) -> ContextBytes {
+    let (element, width) = element_of(tensor, options, resolved);
     let streams = if tensor.stream_per_slot {
         resolved.slots
     } else {

@@ -83,6 +83,8 @@ pub struct MemoryEstimate {
     pub basis: Basis,
     /// Tokens over all slots, as llama.cpp resolves the options.
     pub context_length: u32,
+    /// What one context checkpoint of one slot takes in host memory; 0 where llama.cpp makes none.
+    pub checkpoint_bytes: u64,
 }
 
 impl MemoryEstimate {
@@ -166,6 +168,7 @@ fn estimate_resolved(
             Basis::GenericRules
         },
         context_length: resolved.context_length,
+        checkpoint_bytes: context::checkpoint_bytes(facts, options, &resolved),
     }
 }
 

@@ -77,6 +77,9 @@ pub struct Placement {
 pub struct DoesNotFit {
     /// What the closest attempt needs over all its GPUs.
     pub required_bytes: u64,
+    /// How much more that is than they could give; 0 where they have enough together, but no
+    /// split of the layers fits.
+    pub short_by_bytes: u64,
     /// What each GPU that may be used could give, by UUID, once every idle model has left.
     pub free_bytes_by_gpu: Vec<(String, u64)>,
     /// What would make it fit, each tried; `None` where nothing small does.

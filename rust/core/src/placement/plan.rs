@@ -384,10 +384,14 @@ impl<'a> Board<'a> {
         let outside: Vec<&Resident<'_>> = pinned().filter(|model| !self.has(model)).collect();
         let names: Vec<String> = pinned().map(|model| model.id.to_owned()).collect();
         let required = pinned().fold(0_u64, |sum, model| sum.saturating_add(model.bytes));
+        let mut short_by_bytes = 0_u64;
         let short: Vec<String> = outside
             .iter()
             .map(|model| {
                 let most = model.usable.iter().max_by_key(|one| self.room(one.slot));
+                let room = most.map_or(0, |gpu| self.room(gpu.slot));
+                let missing = model.bytes.saturating_sub(room);
+                short_by_bytes = short_by_bytes.saturating_add(missing);
                 let Some(gpu) = most else {
                     return format!("{} may use no GPU", model.id);
                 };
@@ -398,7 +402,7 @@ impl<'a> Board<'a> {
                         model.id
                     );
                 }
-                let missing = size_at_least(model.bytes.saturating_sub(self.room(gpu.slot)));
+                let missing = size_at_least(missing);
                 format!("{} is {missing} short on GPU {}", model.id, gpu.index)
             })
             .collect();
@@ -410,6 +414,7 @@ impl<'a> Board<'a> {
         let free = candidates(&self.gpus, self.policy);
         DoesNotFit {
             required_bytes: required,
+            short_by_bytes,
             free_bytes_by_gpu: free
                 .iter()
                 .filter_map(|one| Some((self.gpus.get(one.slot)?.uuid.clone(), one.budget)))

@@ -49,6 +49,7 @@ pub(crate) fn refusal<G: Borrow<Gpu>>(
     }
     Ok(DoesNotFit {
         required_bytes: attempt.required,
+        short_by_bytes: attempt.short_by,
         free_bytes_by_gpu: room
             .members
             .iter()
