@@ -53,6 +53,14 @@ def test_a_split_for_another_number_of_gpus_is_refused() -> None:
         planned(gpu_uuids=["a", "b", "c"], tensor_split=[1, 2])
 
 
+def test_a_projector_on_the_cpu_and_fewer_checkpoints_are_said_in_llama_cpp_s_words() -> None:
+    plan = planned(gpu_uuids=["GPU-a"], mmproj="/m.gguf", mmproj_offload=False, context_checkpoints=3)
+    assert "--no-mmproj-offload" in plan.argv
+    assert value(plan, "--ctx-checkpoints") == "3"
+    plain = planned(gpu_uuids=["GPU-a"])
+    assert not {"--no-mmproj-offload", "--ctx-checkpoints"} & set(plain.argv)
+
+
 def test_the_key_is_not_on_the_command_line_nor_in_the_repr() -> None:
     plan = planned()
     assert not any("secret" in argument for argument in plan.argv)

@@ -142,13 +142,15 @@ class Placing:
         give up more at once.
         """
         entry = question.entry
-        waits = not question.one_more and not entry.options.degrade_at_once
-        all_idle = question.once_all_are_idle() if waits else question
+        all_idle = question.once_all_are_idle()
+        waits = all_idle.residents != question.residents and not (
+            question.one_more or entry.options.degrade_at_once
+        )
         for rung in self._ladder(question):
             options = self._options(question, rung.changes)
             if found := self._attempt(question, options, rung.cpu):
                 return self._with_longest_context(question, rung, found)
-            if all_idle != question and self._attempt(all_idle, options, rung.cpu):
+            if waits and self._attempt(all_idle, options, rung.cpu):
                 raise DoesNotFitError(f"{entry.id} has room once a model that is busy now is idle")
         raise self._refusal(question)
 
@@ -220,7 +222,7 @@ class Placing:
                 devices=0,
                 **estimate_options(options),
             )
-        except LlamaGpuError:  # llama.cpp may know more architectures than the estimate
+        except (LlamaGpuError, OSError, ValueError):  # llama.cpp may take what cannot be estimated
             said = None
         known = self._best(load_of(entry, options), said, ()) if said and entry.header else None
         need = host_need(entry, options, said, known)

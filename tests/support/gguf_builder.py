@@ -157,6 +157,23 @@ def write_sparse(
     return path
 
 
+def write_projector(path: Path, *, embedding: int = 1024, layers: int = 8) -> Path:
+    """The header and the length of an image encoder: its weights take no disk."""
+    fields = {"clip.vision.embedding_length": embedding, "clip.vision.feed_forward_length": 4 * embedding}
+    fields |= {"clip.vision.image_size": 224, "clip.vision.patch_size": 14, "clip.has_vision_encoder": True}
+    writer = new_writer("clip", fields)
+    size = 0
+    for layer in range(layers):
+        nbytes = embedding * embedding * 2
+        kind = gguf.GGMLQuantizationType.F16
+        name = f"v.blk.{layer}.attn_q.weight"
+        writer.add_tensor_info(name, (embedding, embedding), np.dtype(np.float16), nbytes, raw_dtype=kind)
+        size += gguf.GGUFWriter.ggml_pad(nbytes, writer.data_alignment)
+    write_head(writer, path)
+    os.truncate(path, gguf.GGUFWriter.ggml_pad(path.stat().st_size, writer.data_alignment) + size)
+    return path
+
+
 def split_model(path: Path, shards: int) -> list[Path]:
     """The model at ``path`` as that many shards beside it, as ``llama-gguf-split`` writes them."""
     reader = gguf.GGUFReader(path)
