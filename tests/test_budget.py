@@ -1,10 +1,11 @@
 """What a GPU has left, and what a ready server is taken to hold."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_gpu import Gpu, GpuProcess
-from llama_gpu.budget import Claim, available_gpus
+from llama_gpu.budget import Claim, available_gpus, is_back, overdrawn_bytes
 from llama_gpu.buffer_lines import LoadedBuffers
 from llama_gpu.measured import measured_by_gpu
 
@@ -87,6 +88,51 @@ def test_promises_and_others_never_exceed_the_gpu(
     claims = [Claim({UUID: claimed}, pid=n + 1) for n, (claimed, _) in enumerate(ours)]
     expected = max(0, total - others - sum(claimed for claimed, _ in ours))
     assert available_gpus([shown], claims)[0].free_bytes == expected
+
+
+@given(
+    total=st.integers(1, 100),
+    others=st.integers(0, 100),
+    claimed=st.lists(st.integers(0, 60), max_size=4),
+)
+def test_what_is_owed_is_what_was_promised_beyond_what_is_left(
+    total: int, others: int, claimed: list[int]
+) -> None:
+    """Nobody of ours holds anything yet, and others may take what was promised."""
+    others = min(others, total)
+    shown = Gpu(index=0, uuid=UUID, total_bytes=total, free_bytes=total - others, processes=[])
+    claims = [Claim({UUID: size}, awaited=place % 2 == 1) for place, size in enumerate(claimed)]
+    kept = sum(claim.bytes_by_gpu[UUID] for claim in claims if not claim.awaited)
+    assert overdrawn_bytes([shown], claims).get(UUID, 0) == max(0, kept + others - total)
+
+
+OURS = [GpuProcess(pid=7, used_bytes=5 * GIB)]
+STRANGER = [GpuProcess(pid=4711, used_bytes=5 * GIB)]
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "back"),
+    [
+        (gpu(19 * GIB, processes=OURS), gpu(19 * GIB, processes=OURS), False),
+        (gpu(19 * GIB, processes=OURS), gpu(19 * GIB, processes=[]), True),
+        (gpu(19 * GIB, processes=OURS), gpu(10 * GIB, processes=STRANGER), True),
+        # The driver tells no processes, or knows ours by other numbers: the sum must have fallen.
+        (gpu(19 * GIB), gpu(19 * GIB), False),
+        (gpu(19 * GIB), gpu(21 * GIB), False),
+        (gpu(19 * GIB), gpu(23 * GIB), True),
+        (gpu(19 * GIB, processes=STRANGER), gpu(19 * GIB, processes=STRANGER), False),
+        (gpu(19 * GIB, processes=STRANGER), gpu(24 * GIB, processes=[]), True),
+        # It never showed what the server held, or shows nothing now.
+        (gpu(22 * GIB, processes=[]), gpu(22 * GIB, processes=[]), True),
+        (gpu(19 * GIB), Gpu(index=0, uuid=UUID, health="lost"), True),
+    ],
+)
+def test_memory_is_back_once_the_driver_shows_it(before: Gpu, now: Gpu, back: bool) -> None:
+    claim = Claim({UUID: 5 * GIB}, pid=7, settled=True)
+    assert is_back(claim, [before], [now]) is back
+    assert is_back(claim, [], [now]) is not any(p.pid == 7 for p in now.processes or ())
+    assert is_back(claim, [before], []) is True
+    assert is_back(Claim({"GPU-1": 5 * GIB}, pid=7, settled=True), [before], [now]) is True
 
 
 def test_the_drivers_word_about_a_process_is_what_it_holds() -> None:

@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,6 +99,24 @@ def test_the_measured_tier_has_every_byte_that_was_logged_or_told(taken: Taken) 
             assert device.total_bytes == took.logged_bytes + 11
         else:
             assert device.total_bytes == max(took.driver_bytes, took.logged_bytes)
+
+
+def test_how_long_the_last_load_of_a_model_took_is_remembered(store: MemoryStore) -> None:
+    assert store.load_seconds() == {}
+    for model, seconds in (("ant", 9.0), ("bee", 2.0), ("ant", 3.5)):
+        store.put_load_seconds(model, seconds)
+    assert MemoryStore(store.path).load_seconds() == {"ant": 3.5, "bee": 2.0}
+
+
+def test_a_file_of_a_version_that_kept_no_load_times_is_gone_on_with(store: MemoryStore) -> None:
+    store.put(RECORD)
+    assert store.path is not None
+    with closing(sqlite3.connect(store.path)) as db, db:
+        db.execute("DROP TABLE load_1")
+    assert MemoryStore(store.path).load_seconds() == {}
+    assert MemoryStore(store.path).records() == [RECORD]
+    store.put_load_seconds("ant", 1.0)
+    assert store.load_seconds() == {"ant": 1.0}
 
 
 def test_what_was_put_is_found_by_model_options_and_build(store: MemoryStore) -> None:

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from llama_gpu.load_times import DEFAULT_LOAD_SECONDS
 from support.gguf_builder import write_llama
 from support.proxy import Proxy, running_proxy
 
 FAKE_ENGINE = Path(__file__).parent / "support" / "fake_llama_server.py"
+CONFIG = {"engine": {"path": str(FAKE_ENGINE)}, "server_pool": {"queue_size": 2, "stop_timeout": 1}}
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,7 @@ def slow(tmp_path: Path) -> Iterator[SlowProxy]:
     os.mkfifo(gate)
     path = write_llama(models / "slow.gguf")
     Path(f"{path}.fake.json").write_text(json.dumps({"load_gate": str(gate)}))
-    config = {"engine": {"path": str(FAKE_ENGINE)}, "server_pool": {"queue_size": 2, "stop_timeout": 1}}
-    with running_proxy(models, config=config, folder=tmp_path) as proxy:
+    with running_proxy(models, config=CONFIG, folder=tmp_path) as proxy:
         yield SlowProxy(proxy, gate)
 
 
@@ -53,6 +54,24 @@ def test_requests_beyond_the_queue_are_told_when_to_come_back_and_the_others_are
     assert statuses == [200, 200, 429]
     assert int(refused.headers["retry-after"]) >= 1
     assert refused.json()["error"]["code"] == "queue_full"
+
+
+def test_when_to_come_back_goes_by_what_the_load_took_in_an_earlier_process(
+    slow: SlowProxy, tmp_path: Path
+) -> None:
+    with ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(slow.proxy.chat, "slow")
+        slow.let_it_load()
+        assert answer.result().status_code == 200
+    slow.proxy.terminate()
+    with running_proxy(tmp_path / "models", config=CONFIG, folder=tmp_path) as proxy:
+        proxy.wait_for_line("serves 1 model")
+        with ThreadPoolExecutor(3) as threads:
+            answers = [threads.submit(proxy.chat, "slow") for _ in range(3)]
+            proxy.wait_for_line("refuse: 2 requests already wait for 'slow'")
+            slow.let_it_load()
+            (refused,) = [answer.result() for answer in answers if answer.result().status_code == 429]
+    assert float(refused.json()["error"]["retry_after_seconds"]) < DEFAULT_LOAD_SECONDS / 2
 
 
 def test_health_answers_and_shows_who_starts_while_requests_wait(slow: SlowProxy) -> None:
