@@ -123,12 +123,11 @@ impl Builder<'_> {
                 self.g.unary(soft)
             }
         };
-        let bias = self.exact("exp_probs_b.bias");
-        let bias = if bias.is_some() {
-            bias
-        } else {
-            self.weight("exp_probs_b")
-        };
+        let bias = ["exp_probs_b.bias", "exp_probs_b.weight", "exp_probs_b"]
+            .map(|name| self.exact(name))
+            .into_iter()
+            .find(|bias| bias.is_some())
+            .unwrap_or(NONE);
         let mut selection = if bias.is_some() {
             self.g.add(probs, bias)
         } else {

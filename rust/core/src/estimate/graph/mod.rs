@@ -79,7 +79,7 @@ pub(super) fn compute_bytes(
             workspace,
             facts,
             batch,
-            options.flash_attention == FlashAttention::Auto,
+            options.flash_attention == FlashAttention::Auto && !options.cache_type_v.is_quantized(),
         )
     })
 }

@@ -173,6 +173,8 @@ pub(super) enum Part {
     InputExperts,
     /// The layers run in loops with a norm between them (Nanbeige).
     Loops,
+    /// Only every n-th layer runs its experts (ERNIE 4.5 `MoE`).
+    InterleavedExperts,
     /// The first layer may start without a norm (Modern BERT).
     FirstLayerUnnormed,
     /// Norms before the last projection of both blocks (`BitNet`).
@@ -249,9 +251,16 @@ impl Decoder {
         } else {
             0
         };
+        let interleaved = if self.part == Part::InterleavedExperts {
+            usize::try_from(b.number("interleave_moe_layer_step", 1)).unwrap_or(1)
+        } else {
+            1
+        };
         let rotates: Vec<bool> = (0..b.trunk()).map(|il| self.rotates(b, il)).collect();
         for il in b.layers_by(|il| {
-            u64::from(rotates.get(il) == Some(&true)) + super::special::loop_mark(loop_layers, il)
+            u64::from(rotates.get(il) == Some(&true))
+                + super::special::loop_mark(loop_layers, il)
+                + 4 * u64::from(interleaved > 1 && (il + 1).is_multiple_of(interleaved))
         }) {
             b.enter(il);
             cur = self.layer(b, cur, state);
@@ -522,7 +531,9 @@ impl Decoder {
             let cur = b.rms(cur, "ffn_sub_norm");
             return b.project("ffn_down", cur);
         }
-        if !b.has("ffn_gate_inp") || self.part == Part::Dense {
+        let step = b.number("interleave_moe_layer_step", 1).max(1);
+        let skips = self.part == Part::InterleavedExperts && (b.layer() as i64 + 1) % step != 0;
+        if !b.has("ffn_gate_inp") || self.part == Part::Dense || skips {
             return b.ffn(cur, self.activation);
         }
         let normed = match self.normed {

@@ -40,9 +40,12 @@ pub(super) fn describe(b: &Builder<'_>) -> Option<Decoder> {
         .is_some_and(|scale| scale != 0.0);
     let description = match b.model.architecture() {
         "llama" | "qwen2" | "qwen3" | "qwen3moe" | "internlm2" | "xverse" | "qwen" | "exaone"
-        | "ernie4_5" | "ernie4_5-moe" | "deci" | "rnd1" | "mellum" | "apertus"
-        | "pangu-embedded" | "paddleocr" | "qwen2vl" | "dream" | "llada" | "spark2_5"
-        | "qwen3tts" => PLAIN,
+        | "ernie4_5" | "deci" | "rnd1" | "mellum" | "apertus" | "pangu-embedded" | "paddleocr"
+        | "qwen2vl" | "dream" | "llada" | "spark2_5" | "qwen3tts" => PLAIN,
+        "ernie4_5-moe" => Decoder {
+            part: Part::InterleavedExperts,
+            ..PLAIN
+        },
         "minicpm" => Decoder {
             scales_residuals: true,
             logit_unaries: 1,
