@@ -215,8 +215,32 @@ def test_plan_uses_the_gpus_of_this_machine(big_models, fake_nvml):
 
 
 def test_plan_without_a_gpu_says_that_all_runs_on_the_cpu(big_models):
+    for larger in ("middle", "large"):
+        (big_models / f"{larger}.gguf").unlink()
     assert output_of("plan", big_models).startswith("No GPU (the NVIDIA driver library could not be loaded")
     assert {model["placement"]["mode"] for model in plan_of(big_models).values()} == {"cpu"}
+
+
+def test_plan_reckons_with_the_host_s_memory(big_models):
+    config = big_models / "c.yaml"
+    limit = "memory: {host_limit_bytes: 3GiB, host_headroom_bytes: 0}"
+    config.write_text(f"{limit}\ndefaults: {{cache_ram_bytes: 0}}\nmodels: {{small: {{priority: 1}}}}")
+    planned = plan_of(big_models, "--config", config)
+    assert planned["small"]["placement"]["host_bytes"] < 3 * 1024 * MIB
+    assert (planned["middle"]["placement"], planned["middle"]["fits_alone"]) == (None, True)
+    assert not planned["large"]["fits_alone"]
+    assert "of host memory" in planned["large"]["problem"]
+
+
+def test_doctor_says_what_memory_there_is_and_what_servers_may_take_of_it(model):
+    settings = {"LLAMA_GPU_SERVER_PORT": "0", "LLAMA_GPU_MEMORY_HOST_LIMIT_BYTES": "2GiB"}
+    text = output_of("doctor", model.parent, **settings)
+    assert "ok    memory: " in text
+    assert "of which servers may take 2.00 GiB (memory.host_limit_bytes)" in text
+    found = call("doctor", model.parent, "--json", LLAMA_GPU_MEMORY_HOST_HEADROOM_BYTES="1PiB", **settings)
+    memory = next(f for f in json.loads(found.stdout)["findings"] if f["about"] == "memory")
+    assert not memory["ok"]
+    assert "lower memory.host_headroom_bytes" in memory["text"]
 
 
 def test_plan_asks_for_sizes_it_can_read(big_models):

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -52,30 +54,46 @@ def _use(pid: int) -> HostUse:
 
 def _limited_groups() -> Iterator[tuple[int, int]]:
     """Limit and what is left of it, for every control group around this process that has a limit."""
-    for folder in _own_groups():
-        limit = _number(folder / "memory.max") or _number(folder / "memory.limit_in_bytes")
-        used = _number(folder / "memory.current") or _number(folder / "memory.usage_in_bytes")
+    for group in _groups(OWN_CGROUPS, CGROUPS):
+        limit, used = _number(group.limit), _number(group.used)
         if limit is not None and used is not None and limit < UNLIMITED_BYTES:
-            yield limit, limit - max(0, used - _reclaimable(folder / "memory.stat"))
+            yield limit, limit - max(0, used - _reclaimable(group.statistics))
 
 
-def _own_groups() -> Iterator[Path]:
+@dataclass(frozen=True)
+class _Group:
+    """The files of a memory group."""
+
+    limit: Path
+    used: Path
+    statistics: Path
+
+
+@cache  # looking for them takes longer than reading them, and a process stays in its group
+def _groups(own: Path, root: Path) -> tuple[_Group, ...]:
     """The memory groups of this process and all around them, of both versions of the interface."""
     try:
-        lines = OWN_CGROUPS.read_text(encoding="utf-8").splitlines()
+        lines = own.read_text(encoding="utf-8").splitlines()
     except OSError:
-        return
+        return ()
+    found = []
     for line in lines:
         number, controllers, path = line.split(":", 2)
         if number == "0":
-            root = CGROUPS
+            top, limit, used = root, "memory.max", "memory.current"
         elif "memory" in controllers.split(","):
-            root = CGROUPS / "memory"
+            top, limit, used = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
         else:
             continue
         # In a container the path may be the host's, of which only the container's own part is mounted.
-        inner = root / path.lstrip("/")
-        yield from (folder for folder in (inner, *inner.parents) if folder.is_relative_to(root))
+        inner = top / path.lstrip("/")
+        folders = [folder for folder in (inner, *inner.parents) if folder.is_relative_to(top)]
+        found += [
+            _Group(folder / limit, folder / used, folder / "memory.stat")
+            for folder in folders
+            if (folder / limit).is_file()
+        ]
+    return tuple(found)
 
 
 def _number(file: Path) -> int | None:

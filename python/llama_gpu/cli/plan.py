@@ -11,10 +11,12 @@ from cyclopts import Parameter
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from llama_gpu import Gpu, GpuSnapshot, snapshot_gpus
+from llama_gpu.budget import Claim, HostMemory
 from llama_gpu.catalog import Catalog, ModelEntry, scan
 from llama_gpu.cli.show import print_json, print_lines, print_table, size
 from llama_gpu.config import Config, load_config
 from llama_gpu.errors import ConfigError, DoesNotFitError, LlamaGpuError
+from llama_gpu.host import host_memory
 from llama_gpu.memory.known import KnownMemory
 from llama_gpu.memory.store import store_at
 from llama_gpu.placing import Placing
@@ -60,7 +62,8 @@ def plan(
     settings = load_config(config, {"models_dirs": list(models) or None})
     catalog = scan(settings.models_dirs, settings)
     snapshot = imagined(gpu) if gpu else snapshot_gpus() if settings.gpu.enabled else GpuSnapshot()
-    planned = list(plan_models(catalog, snapshot, settings))
+    host = None if gpu else host_memory()  # GPUs that are imagined are in a machine that is not known
+    planned = list(plan_models(catalog, snapshot, settings, host))
     if json:
         print_json(
             {
@@ -77,7 +80,10 @@ def plan(
         print_lines(
             f"No GPU ({snapshot.error or 'switched off, or none listed'}): everything runs on the CPU."
         )
-    print_table(("Model", ">File", "Where", ">Layers", ">On GPUs", "Why"), (_row(item) for item in planned))
+    print_table(
+        ("Model", ">File", "Where", ">Layers", ">On GPUs", ">On host", "Why"),
+        (_row(item) for item in planned),
+    )
     print_lines(*(f"broken: {entry.error}" for entry in catalog.broken), *catalog.warnings)
 
 
@@ -98,21 +104,24 @@ def imagined(sizes: Sequence[str]) -> GpuSnapshot:
     )
 
 
-def plan_models(catalog: Catalog, snapshot: GpuSnapshot, settings: Config) -> Iterator[Planned]:
+def plan_models(
+    catalog: Catalog, snapshot: GpuSnapshot, settings: Config, host: HostMemory | None = None
+) -> Iterator[Planned]:
     """Asks the proxy's own question for one model after the other, each beside those before it."""
     known = KnownMemory(store_at(settings.memory.path))
     if known.read(()):
         known.use_last_engine()
-    placing = Placing(settings, catalog.find, known)
+    placing = Placing(settings, catalog.find, known, host=lambda: host)
+    claims: list[Claim] = []
     free = {gpu.uuid: gpu.free_bytes or 0 for gpu in snapshot}
-    slots = settings.server_pool.size or (len(catalog.models) if len(snapshot) else CPU_POOL_SIZE)
+    slots = settings.server_pool.size or (len(catalog.models) if len(snapshot) or host else CPU_POOL_SIZE)
     for model in sorted(catalog.models, key=_order):
         if slots == 0:
             yield Planned(model, problem="as many servers run as server_pool.size allows")
             continue
         placing.snapshot = _with_free(snapshot, free)
         try:
-            assignment = placing(model.id, (), ())
+            assignment = placing(model.id, (), claims)
         except DoesNotFitError as error:
             placing.snapshot = snapshot
             yield Planned(model, problem=str(error), fits_alone=_fits(placing, model))
@@ -120,6 +129,7 @@ def plan_models(catalog: Catalog, snapshot: GpuSnapshot, settings: Config) -> It
             yield Planned(model, problem=str(error), fits_alone=False)
         else:
             slots -= 1
+            claims.append(Claim(host_bytes=assignment.host_bytes, server=model.id))
             for uuid, count in assignment.bytes_by_gpu.items():
                 free[uuid] -= count
             yield Planned(model, assignment)
@@ -149,12 +159,12 @@ def _row(item: Planned) -> tuple[object, ...]:
     assignment = item.assignment
     file = size(item.model.file_bytes)
     if assignment is None:
-        return item.model.id, file, "waits" if item.fits_alone else "nowhere", None, None, item.problem
+        return item.model.id, file, "waits" if item.fits_alone else "nowhere", None, None, None, item.problem
     gpus = "GPU " + " + ".join(map(str, assignment.gpu_indices))
     where = {"partial": f"{gpus} and CPU", "cpu": "CPU"}.get(assignment.mode, gpus)
     layers = " + ".join(map(str, assignment.layers)) or None
     on_gpus = size(sum(assignment.bytes_by_gpu.values())) if assignment.bytes_by_gpu else None
-    return item.model.id, file, where, layers, on_gpus, assignment.reason
+    return item.model.id, file, where, layers, on_gpus, size(assignment.host_bytes), assignment.reason
 
 
 def _fields(item: Planned) -> dict[str, Any]:
