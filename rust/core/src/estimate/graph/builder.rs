@@ -213,6 +213,12 @@ impl<'a> Builder<'a> {
         built
     }
 
+    /// All layers, one by one: for models whose layers have [blanks](Graph::blank), which take their place before the first layer runs,
+    /// all of them, and give it back layer by layer. No layer leaves the allocator as it was.
+    pub(super) fn every_layer(&self) -> Vec<usize> {
+        (0..self.trunk()).collect()
+    }
+
     pub(super) fn is_last(&self) -> bool {
         self.il + 1 == self.trunk()
     }

@@ -115,7 +115,7 @@ pub(super) fn deepseek4(b: &mut Builder<'_>) {
     let hyper = b.hyper;
     let ratio = |il: usize| hyper.compress_ratios.get(il).copied().unwrap_or(0);
     let mut cur = streams::spread(b, embeddings);
-    for il in b.layers_by(|il| u64::from(ratio(il))) {
+    for il in b.every_layer() {
         b.enter(il);
         let mixed = streams::before(b, cur, "hc_attn");
         let normed = b.rms(mixed.cur, "attn_norm");

@@ -22,7 +22,7 @@ pub(super) fn next(b: &mut Builder<'_>) {
     let owns = |il: usize| owners.get(il) == Some(&true);
     let mut cur = streams::spread(b, embeddings);
     let mut picked = NONE;
-    for il in b.layers_by(|il| u64::from(owns(il))) {
+    for il in b.every_layer() {
         b.enter(il);
         let mixed = streams::before(b, cur, "hc_attn");
         let normed = b.rms(mixed.cur, "attn_norm");

@@ -21,7 +21,12 @@ pub(super) fn hunyuan(b: &mut Builder<'_>) {
     let owns = |il: usize| owners.get(il) == Some(&true);
     let mut cur = streams::spread(b, embeddings);
     let mut picked = NONE;
-    for il in b.layers_by(|il| u64::from(owns(il))) {
+    let layers = if indexer.is_some() {
+        b.every_layer()
+    } else {
+        b.layers()
+    };
+    for il in layers {
         b.enter(il);
         let residual = cur;
         let [mixed, post] = before(b, cur, "hc_attn");

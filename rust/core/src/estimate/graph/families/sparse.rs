@@ -54,7 +54,7 @@ pub(super) fn sparse(b: &mut Builder<'_>) {
     let owners = b.hyper.owns_indexer.clone();
     let owns = |il: usize| owners.get(il) == Some(&true);
     let mut picked = NONE;
-    for il in b.layers_by(|il| u64::from(owns(il))) {
+    for il in b.every_layer() {
         b.enter(il);
         let mut residual = cur;
         let normed = b.rms(cur, "attn_norm");
