@@ -17,22 +17,31 @@ pub(super) struct Latent {
 impl Latent {
     pub(super) fn of(b: &Builder<'_>) -> Self {
         let (key, value) = (b.key_length(), b.value_length());
-        let latent = b.hyper.latent_attention;
-        let key = if latent {
-            b.number("attention.key_length_mla", key)
+        let names = if b.slides() {
+            [
+                "attention.key_length_mla_swa",
+                "attention.value_length_mla_swa",
+                "attention.kv_lora_rank_swa",
+            ]
         } else {
-            key
+            [
+                "attention.key_length_mla",
+                "attention.value_length_mla",
+                "attention.kv_lora_rank",
+            ]
+        };
+        let [key_name, value_name, rank_name] = names;
+        let (key, values) = if b.hyper.latent_attention {
+            (b.number(key_name, key), b.number(value_name, value))
+        } else {
+            (key, value)
         };
         let rotated = b.number("rope.dimension_count", key);
         Self {
             rotated,
             plain: key - rotated,
-            values: if latent {
-                b.number("attention.value_length_mla", value)
-            } else {
-                value
-            },
-            rank: b.number("attention.kv_lora_rank", 0),
+            values,
+            rank: b.number(rank_name, 0),
         }
     }
 }
@@ -132,7 +141,10 @@ pub(super) fn latents(
     let row = (sizes.rank + sizes.rotated) * 4;
     let n_tokens = b.n_tokens;
     let latent = b.g.view_2d(both, sizes.rank, n_tokens, row);
-    let rotated = b.g.view_3d(both, [sizes.rotated, 1, n_tokens], [row, row]);
+    let mut rotated = b.g.view_3d(both, [sizes.rotated, 1, n_tokens], [row, row]);
+    if b.has("attn_k_norm") {
+        rotated = b.rms(rotated, "attn_k_norm");
+    }
     let rotated = b.rope(rotated, positions);
     let latent = b.rms(latent, "attn_kv_a_norm");
     [latent, rotated]

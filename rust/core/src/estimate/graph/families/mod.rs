@@ -73,6 +73,7 @@ fn own_graph(architecture: &str) -> Option<fn(&mut Builder<'_>)> {
         "minimax-01" => lightning::minimax,
         "minimax-m3" => blocks::minimax_m3,
         "hy_v4" => hunyuan::hunyuan,
+        "dots3note" => sparse::dots3,
         "minicpm3" => latent::minicpm3,
         "plm" => latent::plm,
         "gemma3n" => gemma::gemma3n,

@@ -83,6 +83,75 @@ pub(super) fn sparse(b: &mut Builder<'_>) {
     b.finish(cur, 0);
 }
 
+/// dots 3: an indexer in the dense layers only, sliding layers between them, and a gate per head (`dots3note.cpp`).
+pub(super) fn dots3(b: &mut Builder<'_>) {
+    let mut cur = b.embeddings();
+    let positions = b.positions();
+    let AttentionInput::Sliding(dense, sliding) = b.attention_input() else {
+        return;
+    };
+    let indexer = Indexer::of(b, true);
+    let outputs = b.output_ids();
+    for il in b.layers() {
+        b.enter(il);
+        let mut residual = cur;
+        let normed = b.rms(cur, "attn_norm");
+        let low = b.matmul("attn_q_a", normed);
+        let low = b.rms(low, "attn_q_a_norm");
+        let extras = Extras {
+            output: "",
+            ..Extras::default()
+        };
+        let attended = if b.slides() {
+            let heads = latent_heads(b, [normed, low], positions);
+            let value_expansion = b.weight("attn_v_b");
+            b.attend_latent(
+                sliding,
+                heads,
+                Extras {
+                    value_expansion,
+                    ..extras
+                },
+            )
+        } else {
+            let picked = pick(b, normed, low, positions, indexer);
+            attend(b, [normed, low], positions, dense, picked, extras)
+        };
+        let gate = b.matmul("attn_gate", normed);
+        let gate = b.g.unary(gate);
+        let (values, heads, n_tokens) = (Latent::of(b).values, b.heads(), b.n_tokens);
+        let attended = b.g.reshape_3d(attended, values, heads, n_tokens);
+        let gate = b.g.reshape_3d(gate, 1, heads, n_tokens);
+        let attended = b.g.mul(attended, gate);
+        let attended = b.g.reshape_2d(attended, values * heads, n_tokens);
+        let mut attended = b.project("attn_output", attended);
+        if b.is_last() {
+            b.pick_outputs([&mut attended, &mut residual], outputs);
+        }
+        let middle = b.g.add(attended, residual);
+        let normed = b.rms(middle, "ffn_norm");
+        let fed = feed_forward(b, normed);
+        cur = b.g.add(fed, middle);
+    }
+    let cur = b.output_norm(cur, Norm::Rms);
+    b.finish(cur, 0);
+}
+
+/// Queries, keys and values in the latent space.
+fn latent_heads(
+    b: &mut Builder<'_>,
+    [normed, low]: [TensorId; 2],
+    positions: TensorId,
+) -> [TensorId; 3] {
+    let sizes = Latent::of(b);
+    let (heads, n_tokens) = (b.heads(), b.n_tokens);
+    let q = b.matmul("attn_q_b", low);
+    let q =
+        b.g.reshape_3d(q, sizes.plain + sizes.rotated, heads, n_tokens);
+    let parts = latents(b, normed, positions, sizes);
+    absorbed(b, q, parts, positions, sizes)
+}
+
 /// The positions that every token attends to.
 pub(super) fn pick(
     b: &mut Builder<'_>,
@@ -140,13 +209,7 @@ pub(super) fn attend(
     picked: TensorId,
     extras: Extras,
 ) -> TensorId {
-    let sizes = Latent::of(b);
-    let (heads, n_tokens) = (b.heads(), b.n_tokens);
-    let q = b.matmul("attn_q_b", low);
-    let q =
-        b.g.reshape_3d(q, sizes.plain + sizes.rotated, heads, n_tokens);
-    let parts = latents(b, normed, positions, sizes);
-    let heads = absorbed(b, q, parts, positions, sizes);
+    let heads = latent_heads(b, [normed, low], positions);
     let value_expansion = b.weight("attn_v_b");
     b.attend_latent_masked(
         cache,
