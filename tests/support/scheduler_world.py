@@ -17,6 +17,7 @@ from typing import Any
 import gguf
 
 import llama_gpu as lg
+from llama_gpu.budget import HostMemory
 from llama_gpu.catalog import ModelEntry
 from llama_gpu.config import Config, ModelOptions
 from llama_gpu.effects import Admit, Effect, Refuse, Start, Stop
@@ -28,6 +29,7 @@ from llama_gpu.scheduler import Scheduler
 from support.gguf_builder import write_sparse
 
 MIB = 1 << 20
+HOST_SIZES = (None, 2 << 30, 4 << 30)
 LAYERS = {"ant": 1, "bee": 2, "cat": 4, "dog": 6, "elk": 10, "fox": 60}
 GPU_SIZES = (700 * MIB, 1300 * MIB, 2600 * MIB, 2600 * MIB)
 CONFIG: dict[str, Any] = {"gpu": {"headroom_bytes": 0}}
@@ -87,13 +89,14 @@ class World:
         self.total = {f"GPU-{index}": size for index, size in enumerate(sizes)}
         self.others = dict.fromkeys(self.total, 0)
         self.lost: set[str] = set()
+        self.host_bytes = HOST_SIZES[self._pick(len(HOST_SIZES))]
         self.tells_processes = bool(self._pick(2))
         pool_size = (None, None, 2, 3)[self._pick(4)] if self.total else 2 + self._pick(2)
         limits = Limits(pool_size=pool_size, queue_size=4, starvation_seconds=STARVATION_SECONDS)
         # On some machines a twin is told the same, and must answer the same.
         self.rules = {name: rules_of(entry) for name, entry in self.entries.items()}
         self.placings = [
-            Placing(Config.model_validate(CONFIG), self.entries.__getitem__)
+            Placing(Config.model_validate(CONFIG), self.entries.__getitem__, host=self._host)
             for _ in range(2 if self._pick(4) == 0 else 1)
         ]
         self.scheduler, *self._twins = (
@@ -108,6 +111,7 @@ class World:
         replicas = 1 + (self._pick(4) == 0)
         options = ModelOptions(
             context_length=2048,
+            cache_ram_bytes=0,
             parallel=1 + self._pick(2),
             pinned=self._pick(8) == 0,
             priority=PRIORITIES[self._pick(4)],
@@ -221,12 +225,13 @@ class World:
     def _happen(self, event: Callable[[Scheduler], list[Effect]]) -> None:
         self.operations += 1
         self._refresh()
+        spare = {r.server for r in self.scheduler.residents.values() if r.leaving or self._is_extra(r)}
         effects = event(self.scheduler)
         for twin in self._twins:
             assert told(event(twin)) == told(effects), "the same input gave another answer"
         for promise in self.promises_now():
             if not any(promise is known for known in self.promises):
-                self._check_promise(promise)
+                self._check_promise(promise, spare)
         self.promises = self.promises_now()
         for effect in effects:
             self._carry_out(effect)
@@ -255,6 +260,10 @@ class World:
             )
         for placing in self.placings:
             placing.snapshot = lg.GpuSnapshot(gpus)
+
+    def _host(self) -> HostMemory | None:
+        """Weights are mapped from files: what servers hold still counts as available."""
+        return None if self.host_bytes is None else HostMemory(self.host_bytes, self.host_bytes)
 
     def _carry_out(self, effect: Effect) -> None:
         cause = f" ({effect.cause})" if isinstance(effect, Stop) else ""
@@ -286,6 +295,8 @@ class World:
         for uuid in claim:
             promised = sum(resident.bytes_by_gpu.get(uuid, 0) for resident in holding)
             assert promised + self.others[uuid] <= self.total[uuid], f"{uuid} is promised twice"
+        promised = sum(resident.assignment.host_bytes for resident in holding)
+        assert self.host_bytes is None or promised <= self.host_bytes, "the host's memory is promised twice"
         for other in holding:
             if other.model == model and other.server != server:
                 assert claim, "a second server on the CPU"
@@ -303,18 +314,22 @@ class World:
             assert self.now - server.ready_at >= least, "it left before its minimum residency"
             assert any(name in promise.waits_for for promise in self.promises_now()), "it left for nobody"
 
-    def _check_promise(self, promise: Resident) -> None:
-        """A new promise: who leaves for it may, and their leaving is enough."""
+    def _check_promise(self, promise: Resident, spare: set[str]) -> None:
+        """A new promise: who leaves for it may, and their leaving is enough.
+
+        ``spare`` were leaving already, or were more than was asked for.
+        """
         residents = self.scheduler.residents
         starved = self._starved(promise.model)
         for name in promise.waits_for:
             victim = residents[name]
             rules = self.rules[victim.model]
-            spare = victim.leaving or self._is_extra(victim)
-            assert not rules.pinned or spare, "a pinned model is to leave"
+            if name in spare or (victim.leaving and victim.leaves_for is not LeavesFor.ROOM):
+                continue
+            assert not rules.pinned, "a pinned model is to leave"
             lower = rules.priority <= self.rules[promise.model].priority
-            assert lower or starved or spare, "a higher priority is to leave"
-            assert not victim.active or starved or spare, "a busy server is to leave"
+            assert lower or starved, "a higher priority is to leave"
+            assert not victim.active or starved, "a busy server is to leave"
         awaited = {name for resident in residents.values() for name in resident.waits_for}
         staying = [resident for name, resident in residents.items() if name not in awaited]
         for uuid in promise.bytes_by_gpu:
@@ -322,8 +337,8 @@ class World:
             assert sum(sizes) + self.others[uuid] <= self.total[uuid], "their leaving is not enough"
 
     def _is_extra(self, resident: Resident) -> bool:
-        """Whether more servers of its model were there than were asked for when it was chosen."""
-        there = [r for r in self.scheduler.servers_of(resident.model) if r.state in SERVING]
+        """Whether there are more servers of its model than are asked for."""
+        there = [r for r in self.scheduler.servers_of(resident.model) if r.state in SERVING and not r.leaving]
         return len(there) > self.rules[resident.model].replicas
 
     def _starved(self, model: str) -> bool:
