@@ -6,6 +6,7 @@
 #   make check        formats, lints, types, stubs
 #   make soak         a day of health checks in two minutes, while GPUs and servers fail
 #   make prove        a million random events against the scheduler (ARGS="OPERATIONS SEED")
+#   make contend      64 threads on one ledger for 30 s, in Rust and in Python
 #   make bench-fallback  requests per second without a GPU, against GPU code switched off
 #   make bench        parsing, estimating and placing, against the clock
 #   make wheel        dist/*.whl
@@ -39,7 +40,7 @@ PIP := $(PY) -m pip install --quiet
 PINNED := --constraint constraints.txt
 RUST := Cargo.toml Cargo.lock pyproject.toml $(shell find rust -name target -prune -o \( -name '*.rs' -o -name Cargo.toml \) -print)
 
-.PHONY: help serve test test-rust test-python check soak prove bench bench-fallback wheel wheel-check lock clean toolchain
+.PHONY: help serve test test-rust test-python check soak prove contend bench bench-fallback wheel wheel-check lock clean toolchain
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
@@ -99,6 +100,10 @@ soak: $(DONE)/release $(DONE)/dev
 
 prove: $(DONE)/release $(DONE)/dev
 	PYTHONPATH=tests $(PY) -m support.prove $(ARGS)
+
+contend: $(DONE)/release $(DONE)/dev
+	LLAMA_GPU_TEST_SECONDS=30 cargo test --quiet --package llama-gpu-core --test placement_ledger sixty -- --nocapture
+	LLAMA_GPU_TEST_SECONDS=30 $(PY) -m pytest -q -s tests/test_ledger.py -k sixty $(ARGS)
 
 bench: $(DONE)/release $(DONE)/dev
 	$(PY) -m pytest -q -o addopts= tests/benchmarks --benchmark-only --benchmark-columns=min,median,max,rounds $(ARGS)

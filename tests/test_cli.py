@@ -185,33 +185,71 @@ def big_models(tmp_path) -> Path:
     return tmp_path
 
 
-def test_plan_places_each_model_beside_those_before_it(big_models):
-    planned = plan_of(big_models, "--gpu", "8GiB", "--gpu", "6GiB")
+def test_plan_says_where_each_model_goes_and_which_stand_together(big_models):
+    planned = plan_of(big_models, "--gpus", "8GiB,6GiB")
     assert planned["large"]["placement"]["mode"] == "multi"
     assert sum(planned["large"]["placement"]["layers"]) == 65
-    assert (planned["middle"]["placement"], planned["middle"]["fits_alone"]) == (None, True)
-    assert planned["small"]["placement"]["gpu_indices"] == [0, 1]
-    table = output_of("plan", big_models, "--gpu", "8GiB", "--gpu", "6GiB")
+    assert planned["large"]["together"] is None
+    assert "are needed, and the others leave" in planned["large"]["left_out"]
+    assert [planned[name]["together"] for name in ("small", "middle")] != [None, None]
+    assert planned == plan_of(big_models, "--gpu", "8GiB", "--gpu", "6GiB")
+    table = output_of("plan", big_models, "--gpus", "8GiB,6GiB")
     assert "GPU 0 + 1" in table
-    assert "waits" in table
+    assert "Together" in table
 
 
-def test_plan_says_by_how_much_a_model_does_not_fit(big_models):
-    planned = plan_of(big_models, "--gpu", "1GiB")
-    assert not planned["large"]["fits_alone"]
-    assert "GiB" in planned["large"]["problem"]
+def test_plan_says_by_how_much_a_model_does_not_fit_and_what_became_of_each_alternative(big_models):
+    large = plan_of(big_models, "--gpus", "1GiB,2GiB")["large"]
+    assert large["placement"] is None
+    assert "GiB" in large["refusal"]["message"]
+    alone, *_ = large["alternatives"]
+    assert (alone["step"], alone["outcome"]) == ("one", "short")
+    assert alone["short_bytes"] == alone["devices"][0]["required_bytes"] - alone["devices"][0]["free_bytes"]
+    steps = {one["step"]: one["outcome"] for one in large["alternatives"]}
+    assert steps == {
+        "one": "short",
+        "several": "short",
+        "one-evicting": "refused",
+        "partial": "refused",
+        "cpu": "refused",
+    }
+    text = output_of("plan", big_models / "large.gguf", "--gpus", "1GiB,2GiB")
+    assert "short on GPU 1" in text
+    assert "cpu: never" in text
 
 
-def test_plan_takes_pinned_models_first(big_models):
+def test_plan_says_who_would_leave(big_models):
+    arguments = (big_models, "--gpus", "4GiB", "--running", "small@0")
+    middle = plan_of(*arguments)["middle"]
+    assert middle["placement"]["evict"] == ["small"]
+    taken = next(one for one in middle["alternatives"] if one["outcome"] == "taken")
+    assert (taken["step"], taken["evict"]) == ("one-evicting", ["small"])
+    assert taken["eviction_cost"] > 0
+    assert plan_of(*arguments)["small"]["resident"]
+    error = refusal_of("plan", big_models, "--gpus", "4GiB", "--running", "small@7")
+    assert error == "llama-gpu: --running small@7: there is no GPU 7; there are 0\n"
+    unknown = refusal_of("plan", big_models, "--gpus", "4GiB", "--running", "smal")
+    assert "no model is called 'smal'" in unknown
+
+
+def test_plan_takes_pinned_models_first_and_says_when_they_cannot_stand_together(big_models):
     config = big_models / "c.yaml"
-    config.write_text("models: {small: {pinned: true}}")
-    assert next(iter(plan_of(big_models, "--config", config, "--gpu", "9GiB"))) == "small"
+    config.write_text("models: {small: {pinned: true}, middle: {pinned: true}}")
+    answer = json.loads(output_of("plan", big_models, "--config", config, "--gpus", "4GiB", "--json"))
+    assert {model["id"] for model in answer["models"][:2]} == {"small", "middle"}
+    problem = answer["pinned_problem"]
+    assert problem.startswith("these pinned models cannot stand together: ")
+    assert "short on GPU 0" in problem
+    assert problem in output_of("plan", big_models, "--config", config, "--gpus", "4GiB")
+    roomy = json.loads(output_of("plan", big_models, "--config", config, "--gpus", "9GiB", "--json"))
+    assert roomy["pinned_problem"] is None
 
 
 def test_plan_uses_the_gpus_of_this_machine(big_models, fake_nvml):
     fake_nvml.set_gpus([FakeGpu(uuid="GPU-a", total_bytes=80 * 1024 * MIB)])
-    planned = plan_of(big_models)
+    planned = plan_of(big_models, "--gpus", "live")
     assert {model["placement"]["gpu_uuids"][0] for model in planned.values()} == {"GPU-a"}
+    assert plan_of(big_models) == planned
 
 
 def test_plan_without_a_gpu_says_that_all_runs_on_the_cpu(big_models):
@@ -227,9 +265,8 @@ def test_plan_reckons_with_the_host_s_memory(big_models):
     config.write_text(f"{limit}\ndefaults: {{cache_ram_bytes: 0}}\nmodels: {{small: {{priority: 1}}}}")
     planned = plan_of(big_models, "--config", config)
     assert planned["small"]["placement"]["host_bytes"] < 3 * 1024 * MIB
-    assert (planned["middle"]["placement"], planned["middle"]["fits_alone"]) == (None, True)
-    assert not planned["large"]["fits_alone"]
-    assert "of host memory" in planned["large"]["problem"]
+    assert planned["large"]["placement"] is None
+    assert "of host memory" in planned["large"]["refusal"]["message"]
 
 
 def test_doctor_says_what_memory_there_is_and_what_servers_may_take_of_it(model):
@@ -244,7 +281,7 @@ def test_doctor_says_what_memory_there_is_and_what_servers_may_take_of_it(model)
 
 
 def test_plan_asks_for_sizes_it_can_read(big_models):
-    assert "should be sizes such as 24GiB" in refusal_of("plan", big_models, "--gpu", "much")
+    assert "should be live, or sizes such as 24GiB" in refusal_of("plan", big_models, "--gpus", "much")
 
 
 def test_a_file_that_is_not_there_is_named():
@@ -345,6 +382,20 @@ def test_gpus_watch_as_json_gives_one_document_per_line(fake_nvml):
         watching.send_signal(signal.SIGINT)
     assert [len(document["gpus"]) for document in documents] == [1, 1, 1]
     assert watching.returncode == 0
+
+
+def test_doctor_says_when_pinned_models_cannot_stand_together(big_models, fake_nvml):
+    config = big_models / "c.yaml"
+    config.write_text("models: {small: {pinned: true}, middle: {pinned: true}}")
+
+    def told(mebibytes):
+        fake_nvml.set_gpus([FakeGpu(total_bytes=mebibytes * MIB)])
+        done = call("doctor", big_models, "--config", config, "--json", LLAMA_GPU_SERVER_PORT="0")
+        assert done.returncode == 0
+        return next(f for f in json.loads(done.stdout)["findings"] if f["about"] == "pinned models")
+
+    assert told(4096)["text"].startswith("these pinned models cannot stand together: ")
+    assert told(8192) == {"about": "pinned models", "ok": True, "text": "middle, small have room together"}
 
 
 def test_doctor_names_the_library_the_driver_came_from_and_what_the_engine_sees(model, fake_nvml):

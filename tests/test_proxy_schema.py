@@ -53,9 +53,17 @@ def document(tmp_path_factory: pytest.TempPathFactory) -> Iterator[schemathesis.
         yield schemathesis.openapi.from_url(f"{proxy.url}/openapi.json")
 
 
-@pytest.mark.parametrize("path", sorted(openapi_document()["paths"].keys() - {"/api/events"}))
+ROUTES = [
+    (method.upper(), path)
+    for path, methods in openapi_document()["paths"].items()
+    for method in methods
+    if path != "/api/events"
+]
+
+
+@pytest.mark.parametrize(("method", "path"), ROUTES)
 def test_no_answer_is_a_fault_or_unknown_to_the_document(
-    document: schemathesis.BaseSchema, path: str
+    document: schemathesis.BaseSchema, method: str, path: str
 ) -> None:
     @settings(
         max_examples=int(os.environ.get("LLAMA_GPU_TEST_EXAMPLES", "25")),
@@ -64,7 +72,7 @@ def test_no_answer_is_a_fault_or_unknown_to_the_document(
         derandomize=True,
         suppress_health_check=list(HealthCheck),
     )
-    @given(case=document[path]["GET"].as_strategy())
+    @given(case=document[path][method].as_strategy())
     def holds(case: schemathesis.Case) -> None:
         case.call_and_validate(checks=CHECKS)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llama_gpu import Gpu, GpuSnapshot, MemoryEstimate, Placement, Policy, Running, estimate, place
+from llama_gpu import Gpu, GpuSnapshot, MemoryEstimate, Placement, Policy, Running, estimate, explain, place
 from llama_gpu.budget import Claim, HostMemory, available_gpus, available_host_bytes, overdrawn_bytes
 from llama_gpu.catalog import ModelEntry
 from llama_gpu.config import Config
@@ -21,6 +21,7 @@ from llama_gpu.loading import estimate_options, has_experts, load_of, memory_opt
 from llama_gpu.memory.known import KnownMemory, Load
 from llama_gpu.residents import Assignment, ResidentView
 from llama_gpu.rules import Limits, Rules
+from llama_gpu.strategies import chosen_place, load_strategy
 
 __all__ = ["Placing", "limits_of", "rules_of"]
 
@@ -62,7 +63,11 @@ class Placing:
 
     ``entry`` looks a model up in the catalogue; ``known`` has what loads took and llama.cpp projected;
     ``more_claims`` are of processes of ours that are no servers. ``host`` says what memory the host has at
-    this moment, None where that is not known.
+    this moment, None where that is not known. ``planned`` has the GPUs (UUIDs) where a model goes as long as
+    nobody has to leave for it there.
+
+    Raises:
+        ConfigError: ``gpu.allocation_strategy`` names none that can be loaded.
     """
 
     def __init__(
@@ -78,6 +83,8 @@ class Placing:
         self._known = known
         self._more_claims = more_claims
         self._host = host
+        self._strategy = load_strategy(config.gpu.strategy)
+        self.planned: Mapping[str, Sequence[str]] = {}
         self.snapshot = GpuSnapshot([])
 
     @property
@@ -141,6 +148,8 @@ class Placing:
         A rung that will hold once busy models are idle is waited for, unless the model would rather
         give up more at once.
         """
+        if planned := self._as_planned(question):
+            return planned
         entry = question.entry
         all_idle = question.once_all_are_idle()
         waits = all_idle.residents != question.residents and not (
@@ -153,6 +162,15 @@ class Placing:
             if waits and self._attempt(all_idle, options, rung.cpu):
                 raise DoesNotFitError(f"{entry.id} has room once a model that is busy now is idle")
         raise self._refusal(question)
+
+    def _as_planned(self, question: _Question) -> Assignment | None:
+        """As configured on the GPUs that it was planned for; None where somebody would have to leave."""
+        planned = self.planned.get(question.entry.id)
+        if not planned or question.one_more or self.on_cpu:
+            return None
+        there = [gpu for gpu in question.gpus if gpu.uuid in planned]
+        found = self._attempt(replace(question, gpus=there), self._options(question), "never")
+        return None if found is None or found.evict else found
 
     def _ladder(self, question: _Question) -> Iterable[Rung]:
         """What the entry may give up, as far as it has any of it here."""
@@ -269,22 +287,26 @@ class Placing:
             DoesNotFitError: never with ``cpu`` "allow", which makes a refusal cheap to ask about.
         """
         entry, gpus = question.entry, question.gpus
-        headroom = int(self._config.gpu.headroom_bytes)
         load = load_of(entry, options) if entry.header and self._known else None
         excess = 0
         if self._known and load:
-            excess = max(self._known.most_excess_bytes(load, gpus) or 0, -headroom)
+            excess = self._known.most_excess_bytes(load, gpus) or 0
         for _ in range(PLACING_ROUNDS):
-            placement = place(
-                entry.header or entry.path,
-                gpus,
-                policy=self._policy(entry, headroom + excess, cpu),
-                running=question.running,
-                mmproj=entry.mmproj,
-                draft=entry.options.draft,
-                gpu_layers=entry.options.gpu_layers,
+            asked: dict[str, Any] = {
+                "model": entry.header or entry.path,
+                "gpus": gpus,
+                "policy": self._policy(entry, excess, cpu),
+                "running": question.running,
+                "mmproj": entry.mmproj,
+                "draft": entry.options.draft,
+                "gpu_layers": entry.options.gpu_layers,
                 **estimate_options(options),
-            )
+            }
+            if self._strategy is not None:
+                name = self._config.gpu.strategy
+                chosen = chosen_place(self._strategy, name, entry.id, explain(**asked))
+                asked["policy"] = self._policy(entry, excess, cpu, only=chosen)
+            placement = place(**asked)
             best = self._best(load, placement.estimate, _placed_on(placement, gpus)) or placement.estimate
             exceeds = max(
                 (
@@ -346,13 +368,16 @@ class Placing:
             if allowed is None or gpu.uuid in allowed or gpu.index in allowed
         ]
 
-    def _policy(self, entry: ModelEntry, headroom_bytes: int, cpu: CpuUse) -> Policy:
+    def _policy(
+        self, entry: ModelEntry, excess_bytes: int, cpu: CpuUse, *, only: Sequence[str] | None = None
+    ) -> Policy:
+        """The entry's policy, with so much more headroom; ``only``: on these GPUs."""
         options = entry.options
         return Policy(
-            strategy=self._config.gpu.strategy,
-            headroom_bytes=headroom_bytes,
+            strategy=self._config.gpu.built_in_strategy,
+            **self._config.gpu.headroom(excess_bytes),
             max_gpus=options.max_gpus,
-            allowed=options.gpus,
+            allowed=options.gpus if only is None else only,
             cpu=cpu,
             priority=options.priority,
         )

@@ -25,7 +25,7 @@ from llama_gpu.errors import DoesNotFitError, LlamaGpuError, QueueFullError, Ser
 from llama_gpu.leaving import Leavers, choose_victims
 from llama_gpu.load_times import LoadTimes
 from llama_gpu.replicas import free_id, in_service, wants_another
-from llama_gpu.residents import Assignment, LeavesFor, Placer, Resident, ResidentState
+from llama_gpu.residents import Assignment, LeavesFor, Placer, Resident, ResidentState, ResidentView
 from llama_gpu.rules import Limits, Rules
 from llama_gpu.waiting import Request, Waiting
 
@@ -90,6 +90,13 @@ class Scheduler:
     def retry_after_seconds(self, model: str, now: float) -> float:
         """When a request for ``model`` that is turned away now had better come again."""
         return self._load_times.until_ready(model, self._residents.values(), self._order(now), now)
+
+    def seen_by(self, model: str, now: float) -> tuple[list[ResidentView], list[Claim]]:
+        """What the placer of ``model`` is told at this moment, as if none of its servers were there."""
+        leavers = self._leavers(now)
+        views = leavers.views(model, next(leavers.rounds(starved=False)))
+        others = [resident for resident in self._residents.values() if resident.model != model]
+        return [view for view in views if view.model != model], [resident.claim for resident in others]
 
     # -- events ------------------------------------------------------------------------------
 

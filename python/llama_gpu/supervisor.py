@@ -28,6 +28,7 @@ from llama_gpu.events import StateChanges
 from llama_gpu.host import host_memory
 from llama_gpu.launch import Engine
 from llama_gpu.measured import measured_by_gpu
+from llama_gpu.memory.known import KnownMemory
 from llama_gpu.monitor import REFRESH_TIMEOUT_SECONDS, GpuMonitor
 from llama_gpu.owning import FRESH_SECONDS, Owning
 from llama_gpu.placing import Placing, limits_of, rules_of
@@ -38,6 +39,7 @@ from llama_gpu.rules import Rules
 from llama_gpu.scheduler import Admit, Effect, Refuse, Scheduler, Start, Stop
 from llama_gpu.server import Server
 from llama_gpu.starting import new_server
+from llama_gpu.together import plan_together
 
 __all__ = ["ResidentServer", "Supervisor"]
 
@@ -123,9 +125,7 @@ class Supervisor:
         await self.monitor.start()
         self._snapshot_taken(self.monitor.snapshot)
         self._spawn(self._tick_for_ever(), "clock")
-        for entry in self.catalog.models:
-            if entry.options.pinned:
-                self._spawn(self._preload(entry.id), f"preload {entry.id}")
+        self._preload_pinned()
         return self
 
     async def __aexit__(self, *_exception: object) -> None:
@@ -226,6 +226,11 @@ class Supervisor:
         return self.monitor.snapshot
 
     @property
+    def known_memory(self) -> KnownMemory:
+        """What loads took and llama.cpp projected."""
+        return self._memory.known
+
+    @property
     def on_cpu(self) -> bool:
         """True where there is no GPU to place anything on."""
         return self._placing.on_cpu
@@ -324,6 +329,16 @@ class Supervisor:
         engine = await asyncio.to_thread(find_engine, wanted.path, kind=wanted.kind)
         self._memory.engine_found(engine)
         return engine
+
+    def _preload_pinned(self) -> None:
+        """Load what is pinned where all of it has room: one after the other might strand the last."""
+        pinned = [entry for entry in self.catalog.models if entry.options.pinned]
+        together = plan_together(self.config, pinned, self.snapshot.gpus)
+        if together.problem:
+            _log.warning(together.problem)
+        self._placing.planned = together.places
+        for entry in pinned:
+            self._spawn(self._preload(entry.id), f"preload {entry.id}")
 
     async def _preload(self, model: str) -> None:
         try:

@@ -9,6 +9,7 @@ from urllib.parse import parse_qs
 import structlog
 from pydantic import BaseModel
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
@@ -21,6 +22,7 @@ from llama_gpu.api.gpus import gpus
 from llama_gpu.api.health import health
 from llama_gpu.api.metrics import MEDIA_TYPE, Metrics
 from llama_gpu.api.models import model_card, model_list
+from llama_gpu.api.plan import plan_answer
 from llama_gpu.catalog import ModelEntry
 from llama_gpu.errors import LlamaGpuError
 from llama_gpu.openai import BadRequestError, error_reply, requested_model
@@ -34,6 +36,9 @@ MAX_BODY_BYTES = 512 << 20
 
 DEGRADED = "X-Llama-Gpu-Degraded"
 """Tells, in every answer of a server, what it was started without because it would not fit."""
+
+MAX_QUESTION_BYTES = 1 << 20
+"""The largest question of our own routes."""
 
 CLIENT_LEFT = 499
 """What the metrics call the status of an answer that nobody waited for."""
@@ -60,8 +65,10 @@ def build_app(supervisor: Supervisor) -> ASGIApp:
     app = Starlette(
         routes=[
             *(Route(path, handler, methods=["GET"]) for path, handler in ours_alone),
+            Route("/api/plan", ours.plan, methods=["POST"]),
             Mount("/", app=_Relayed(supervisor)),
-        ]
+        ],
+        exception_handlers={HTTPException: _no_such_route},
     )
     return _KeyCheck(app, supervisor.config.server.api_keys)
 
@@ -92,6 +99,14 @@ class _OurRoutes:
     async def gpus(self, _request: Request) -> Response:
         return _json(gpus(self._supervisor))
 
+    async def plan(self, request: Request) -> Response:
+        try:
+            body = await read_body(request.receive, limit_bytes=MAX_QUESTION_BYTES)
+            return _json(await plan_answer(self._supervisor, body))
+        except LlamaGpuError as error:
+            reply = error_reply(error)
+            return JSONResponse(reply.body, reply.status, reply.headers)
+
     async def events(self, _request: Request) -> Response:
         return events_response(self._supervisor.changes)
 
@@ -103,6 +118,13 @@ class _OurRoutes:
 
     async def page(self, _request: Request) -> Response:
         return HTMLResponse(docs_page())
+
+
+async def _no_such_route(_request: Request, error: Exception) -> Response:
+    """For a path that not even a model's server could have, such as one with a line break in it."""
+    assert isinstance(error, HTTPException)  # noqa: S101 - registered for no other
+    reply = error_reply(BadRequestError("there is no such path", status=error.status_code))
+    return JSONResponse(reply.body, reply.status, reply.headers)
 
 
 def _json(model: BaseModel) -> Response:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cache
 from html import escape
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
@@ -16,7 +16,9 @@ from llama_gpu import __version__
 from llama_gpu.api.gpus import Gpus
 from llama_gpu.api.health import Health
 from llama_gpu.api.models import ErrorAnswer, ModelCard, ModelList
+from llama_gpu.api.plan import PlanQuestion
 from llama_gpu.events import Dropped, GpuChange, ServerChange
+from llama_gpu.planning import PlanAnswer
 
 __all__ = ["docs_page", "openapi_document"]
 
@@ -39,6 +41,12 @@ class _Operation:
     answers: dict[int, _Answer]
     text: str = ""
     path_parameters: dict[str, str] = field(default_factory=dict)
+    body: type[BaseModel] | None = None
+    """What is posted; without it, it is a GET."""
+
+    @property
+    def method(self) -> str:
+        return "post" if self.body else "get"
 
 
 _KEY_NEEDED = _Answer("server.api_keys is set and the request carries none of them", ErrorAnswer)
@@ -75,6 +83,21 @@ _OPERATIONS = (
         {200: _Answer("Every GPU of the last snapshot", Gpus), 401: _KEY_NEEDED},
     ),
     _Operation(
+        "/api/plan",
+        "plan",
+        "Where models would go, and why not elsewhere",
+        {
+            200: _Answer("For each model its place or its refusal, with every alternative", PlanAnswer),
+            400: _Answer("The body is no such question; param names the field", ErrorAnswer),
+            401: _KEY_NEEDED,
+            404: _Answer("No model of that id; known_models lists the ids", ErrorAnswer),
+            413: _Answer("The body is too large", ErrorAnswer),
+            422: _Answer("A model's file cannot be served", ErrorAnswer),
+        },
+        "On the GPUs as they are now, or on imagined ones. Nothing is changed by asking.",
+        body=PlanQuestion,
+    ),
+    _Operation(
         "/api/events",
         "events",
         "State changes of GPUs and servers as they happen",
@@ -105,11 +128,13 @@ def openapi_document() -> dict[str, Any]:
     """The OpenAPI 3.1 document; built once."""
     answers = [answer for operation in _OPERATIONS for answer in operation.answers.values()]
     named = [answer.model for answer in answers if answer.model]
-    models: set[type[BaseModel]] = {*named, GpuChange, ServerChange, Dropped}
+    asked = {operation.body for operation in _OPERATIONS if operation.body}
+    models: set[type[BaseModel]] = {*named, *asked, GpuChange, ServerChange, Dropped}
     ordered = sorted(models, key=lambda model: model.__name__)
     schemas: dict[str, Any] = {}
     for model in ordered:
-        schema = model.model_json_schema(mode="serialization", ref_template=_REF)
+        mode: Literal["validation", "serialization"] = "validation" if model in asked else "serialization"
+        schema = model.model_json_schema(mode=mode, ref_template=_REF)
         schemas |= schema.pop("$defs", {})
         schemas[model.__name__] = schema
     return {
@@ -120,7 +145,7 @@ def openapi_document() -> dict[str, Any]:
             "description": "What llama-gpu answers itself. Every other path is llama-server's own and goes "
             "to the server of the model that the request names.",
         },
-        "paths": {operation.path: {"get": _described(operation)} for operation in _OPERATIONS},
+        "paths": {operation.path: {operation.method: _described(operation)} for operation in _OPERATIONS},
         "components": {
             "schemas": dict(sorted(schemas.items())),
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
@@ -137,6 +162,9 @@ def _described(operation: _Operation) -> dict[str, Any]:
     }
     if operation.text:
         described["description"] = operation.text
+    if operation.body:
+        schema = {"$ref": _REF.format(model=operation.body.__name__)}
+        described["requestBody"] = {"required": True, "content": {_JSON: {"schema": schema}}}
     if operation.path_parameters:
         described["parameters"] = [
             {"name": name, "in": "path", "required": True, "description": text, "schema": {"type": "string"}}
@@ -156,8 +184,10 @@ def docs_page() -> str:
     document = openapi_document()
     parts = [f"<h1>llama-gpu {escape(__version__)}</h1>", f"<p>{escape(document['info']['description'])}</p>"]
     for path, methods in document["paths"].items():
-        operation = methods["get"]
-        parts.append(f"<h2><code>GET {escape(path)}</code></h2><p>{escape(operation['summary'])}.")
+        ((method, operation),) = methods.items()
+        parts.append(
+            f"<h2><code>{method.upper()} {escape(path)}</code></h2><p>{escape(operation['summary'])}."
+        )
         parts.append(f"{escape(operation.get('description', ''))}</p><table>")
         for status, answer in operation["responses"].items():
             media_type, content = next(iter(answer["content"].items()))

@@ -70,7 +70,7 @@ class GpuPoolStatus(BaseModel):
     total_vram_bytes: Bytes
     available_vram: NonNegative
     available_vram_bytes: Bytes
-    allocation_strategy: Literal["single-gpu-preferred", "distribute", "pack"]
+    allocation_strategy: str
     gpu_list: list[GpuHealth]
     reason: str | None
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from llama_gpu import __version__, snapshot_gpus
-from llama_gpu.catalog import scan
+from llama_gpu.catalog import Catalog, scan
 from llama_gpu.cli.show import print_json, print_lines, size
 from llama_gpu.config import Config, load_config
 from llama_gpu.engine import find_engine, list_devices
@@ -18,6 +18,7 @@ from llama_gpu.errors import ConfigError
 from llama_gpu.host import host_memory
 from llama_gpu.launch import Engine
 from llama_gpu.supervisor import CPU_POOL_SIZE
+from llama_gpu.together import plan_together
 
 
 @dataclass(frozen=True)
@@ -173,8 +174,21 @@ def _about_models(settings: Config) -> Iterator[Finding]:
         yield Finding("models", ok=False, text=f"none in {folders}: put *.gguf files there")
     else:
         yield Finding("models", ok=True, text=f"{len(catalog.models)} in {folders}")
+        yield from _about_pinned(settings, catalog)
     for entry in catalog.broken:
         yield Finding("model file", ok=False, text=entry.error or entry.id)
+
+
+def _about_pinned(settings: Config, catalog: Catalog) -> Iterator[Finding]:
+    pinned = [entry for entry in catalog.models if entry.options.pinned]
+    gpus = snapshot_gpus().gpus if settings.gpu.off_reason is None else ()
+    if not pinned or not gpus:
+        return
+    # What the proxy holds itself is in use now, but is its to give.
+    empty = [gpu.replace(free_bytes=gpu.total_bytes) for gpu in gpus]
+    problem = plan_together(settings, pinned, empty).problem
+    names = ", ".join(entry.id for entry in pinned)
+    yield Finding("pinned models", ok=problem is None, text=problem or f"{names} have room together")
 
 
 def _about_ports(settings: Config) -> Iterator[Finding]:

@@ -5,6 +5,7 @@ Later wins: defaults, configuration file, ``LLAMA_GPU_<SECTION>_<KEY>``, command
 
 from llama_gpu.config.load import environment_names, load_config
 from llama_gpu.config.settings import (
+    BuiltInStrategy,
     Config,
     DegradeStep,
     EngineSettings,
@@ -16,6 +17,7 @@ from llama_gpu.config.settings import (
 )
 
 __all__ = [
+    "BuiltInStrategy",
     "Config",
     "DegradeStep",
     "EngineSettings",

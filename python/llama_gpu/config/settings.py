@@ -7,11 +7,13 @@ keep their names and their meaning, units included (its timeouts are seconds).
 from __future__ import annotations
 
 import ipaddress
+import re
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
+    AfterValidator,
     AliasChoices,
     BaseModel,
     BeforeValidator,
@@ -27,11 +29,12 @@ from pydantic import (
     Tag,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from llama_gpu.memory.store import default_file
 
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
-Strategy = Literal["single-gpu-preferred", "distribute", "pack"]
+BuiltInStrategy = Literal["single-gpu-preferred", "distribute", "pack"]
 CpuPolicy = Literal["never", "partial", "allow"]
 
 
@@ -51,6 +54,18 @@ GpuName = Annotated[
 GpuNames = Annotated[tuple[GpuName, ...], _one_or_many]
 Layers = Annotated[NonNegativeInt | None, _all_is_none]
 Port = Annotated[int, Field(ge=1, le=65535)]
+HeadroomBytes = Annotated[ByteSize, Field(ge=0)]
+DEFAULT_HEADROOM = ByteSize(256 * 1024 * 1024)
+
+
+def _known_strategy(name: str) -> str:
+    built_in = get_args(BuiltInStrategy)
+    if name in built_in or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
+        return name
+    raise PydanticCustomError("strategy", f"should be {', '.join(built_in)} or module:Class")
+
+
+Strategy = Annotated[str, AfterValidator(_known_strategy)]
 
 
 class _Settings(BaseModel):
@@ -246,21 +261,44 @@ class GpuSettings(_Settings):
     """Seconds between two readings."""
     allocation_strategy: Strategy = "single-gpu-preferred"
     """single-gpu-preferred: the GPU that fits best, several only when one is not enough;
-    distribute: the emptiest GPU; pack: the fullest that still fits."""
+    distribute: the emptiest GPU; pack: the fullest that still fits; module:Class: your own."""
     gpu_allocation_strategy: Strategy | None = None
     """The same; wins over allocation_strategy."""
     cpu_fallback: bool | None = None
     """true: a model that fits no GPU runs on the CPU; unset: only where there is no GPU;
     false: never, not even there."""
-    headroom_bytes: Annotated[ByteSize, Field(ge=0)] = ByteSize(256 * 1024 * 1024)
-    """Memory left free on every GPU, such as 268435456 or 256MiB."""
+    headroom_bytes: HeadroomBytes | dict[GpuName, HeadroomBytes] = DEFAULT_HEADROOM
+    """Memory left free on every GPU, such as 268435456 or 256MiB; or, by UUID or index, on some, and on
+    the others what default says, or 256MiB: {0: 2GiB, default: 512MiB}."""
     allowed: GpuNames | None = None
     """The GPUs that may be used at all, by UUID or index; unset = every GPU."""
 
     @property
-    def strategy(self) -> Strategy:
+    def strategy(self) -> str:
         """The strategy that holds: ``gpu_allocation_strategy`` wins."""
         return self.gpu_allocation_strategy or self.allocation_strategy
+
+    @property
+    def built_in_strategy(self) -> BuiltInStrategy:
+        """The strategy as the core knows it; for one of a user's own, the default that it chooses from."""
+        strategy: Any = self.strategy
+        return strategy if strategy in get_args(BuiltInStrategy) else "single-gpu-preferred"
+
+    def headroom(self, more_bytes: int = 0) -> dict[str, Any]:
+        """``headroom_bytes`` and ``headroom_by_gpu`` for ``Policy``, each by so much more (or less)."""
+        given = self.headroom_bytes
+        by_gpu = dict(given) if isinstance(given, dict) else {}
+        common = by_gpu.pop("default", DEFAULT_HEADROOM) if isinstance(given, dict) else given
+        return {
+            "headroom_bytes": max(0, int(common) + more_bytes),
+            "headroom_by_gpu": {name: max(0, int(size) + more_bytes) for name, size in by_gpu.items()},
+        }
+
+    def headroom_on(self, index: int, uuid: str) -> int:
+        """Bytes left free on one GPU; of what is said by index and by UUID, the more."""
+        headroom = self.headroom()
+        own = [size for name, size in headroom["headroom_by_gpu"].items() if name in {index, uuid}]
+        return int(max(own, default=headroom["headroom_bytes"]))
 
     @property
     def cpu_policy(self) -> CpuPolicy:

@@ -68,8 +68,8 @@ class Situation:
     @property
     def usable_bytes(self) -> int:
         """What all GPUs have together, without the headroom."""
-        headroom = int(self.config.gpu.headroom_bytes)
-        return sum(max(0, (gpu.free_bytes or 0) - headroom) for gpu in self.gpus)
+        headroom = self.config.gpu.headroom_on
+        return sum(max(0, (gpu.free_bytes or 0) - headroom(gpu.index, gpu.uuid)) for gpu in self.gpus)
 
 
 def play_strategy(name: Name, situation: Situation, load: Iterable[Request]) -> Outcome:

@@ -8,6 +8,7 @@
 
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use llama_gpu_core::placement::{BytesByPool, Lease, LeaseState, Ledger, Refused};
 use proptest::prelude::*;
@@ -121,36 +122,67 @@ fn a_pool_that_nobody_named_is_refused_by_name() {
     assert_eq!(lease.state(), LeaseState::Reserved);
 }
 
+/// How long threads fight for the ledger: a moment, or `LLAMA_GPU_TEST_SECONDS`.
+fn fight() -> Duration {
+    let asked = std::env::var("LLAMA_GPU_TEST_SECONDS").ok();
+    let seconds = asked.and_then(|seconds| seconds.parse().ok());
+    seconds.map_or(Duration::from_millis(500), Duration::from_secs)
+}
+
 #[test]
-fn many_threads_never_hold_more_than_there_is() {
-    const THREADS: u32 = 16;
-    const ROUNDS: u64 = 5_000;
-    let ledger = ledger(&[("a", 20), ("b", 20)]);
-    let (held, most) = (AtomicU64::new(0), AtomicU64::new(0));
+fn sixty_four_threads_never_hold_more_than_there_is() {
+    const THREADS: u64 = 64;
+    const BUDGET: u64 = 20;
+    let ledger = ledger(&[("a", BUDGET), ("b", BUDGET)]);
+    let held = [AtomicU64::new(0), AtomicU64::new(0)];
+    let (most, operations) = (AtomicU64::new(0), AtomicU64::new(0));
     let start = Barrier::new(usize::try_from(THREADS).unwrap());
     std::thread::scope(|scope| {
-        for thread in 0..u64::from(THREADS) {
-            let (ledger, held, most, start) = (&ledger, &held, &most, &start);
+        for thread in 0..THREADS {
+            let (ledger, held, most, start, operations) =
+                (&ledger, &held, &most, &start, &operations);
             scope.spawn(move || {
                 start.wait();
-                for round in 0..ROUNDS {
-                    let wanted = 1 + (thread + round) % 7;
-                    let Ok(lease) = ledger.reserve("thread", bytes(&[("a", wanted), ("b", 1)]))
-                    else {
+                let end = Instant::now() + fight();
+                let mut round = thread;
+                while Instant::now() < end {
+                    round += 1;
+                    operations.fetch_add(1, Ordering::Relaxed);
+                    let wanted = [1 + round % 7, round % 3];
+                    let asked = bytes(&[("a", wanted[0]), ("b", wanted[1])]);
+                    let Ok(lease) = ledger.reserve(&format!("thread-{thread}"), asked) else {
                         continue;
                     };
-                    most.fetch_max(
-                        held.fetch_add(wanted, Ordering::SeqCst) + wanted,
-                        Ordering::SeqCst,
-                    );
-                    held.fetch_sub(wanted, Ordering::SeqCst);
+                    for (sum, bytes) in held.iter().zip(wanted) {
+                        let now = sum.fetch_add(bytes, Ordering::SeqCst) + bytes;
+                        most.fetch_max(now, Ordering::SeqCst);
+                    }
+                    let measured = bytes(&[("a", wanted[0]), ("b", 0)]);
+                    if round % 5 == 0 {
+                        held[1].fetch_sub(wanted[1], Ordering::SeqCst);
+                        lease.commit(measured).unwrap();
+                        held[0].fetch_sub(wanted[0], Ordering::SeqCst);
+                    } else {
+                        for (sum, bytes) in held.iter().zip(wanted) {
+                            sum.fetch_sub(bytes, Ordering::SeqCst);
+                        }
+                    }
+                    if round % 11 == 0 {
+                        assert_eq!(ledger.release_owner(lease.owner()), 1);
+                    }
                     drop(lease);
+                    operations.fetch_add(2, Ordering::Relaxed);
                 }
             });
         }
     });
-    assert!((1..=20).contains(&most.into_inner()));
-    assert_eq!(ledger.available(), bytes(&[("a", 20), ("b", 20)]));
+    eprintln!(
+        "{operations:?} operations of {THREADS} threads in {:?}",
+        fight()
+    );
+    assert!((1..=BUDGET).contains(&most.into_inner()));
+    assert_eq!(ledger.available(), bytes(&[("a", BUDGET), ("b", BUDGET)]));
+    assert!(ledger.claims().is_empty());
 }
 
 #[derive(Clone, Debug)]
