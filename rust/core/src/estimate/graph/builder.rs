@@ -213,8 +213,8 @@ impl<'a> Builder<'a> {
         built
     }
 
-    /// All layers, one by one: for models whose layers have [blanks](Graph::blank), which take their place before the first layer runs,
-    /// all of them, and give it back layer by layer. No layer leaves the allocator as it was.
+    /// All layers, for models whose layers have [blanks](Graph::blank): these take their place before the first layer runs and give it
+    /// back layer by layer, so that none leaves the allocator as it was.
     pub(super) fn every_layer(&self) -> Vec<usize> {
         (0..self.trunk()).collect()
     }
