@@ -33,7 +33,7 @@ class Machine(RuleBasedStateMachine):
         self.models = models
         self.world: World
 
-    @initialize(shape=st.integers(0, 1 << 100))
+    @initialize(shape=st.integers(0, 1 << 200))
     def begin(self, shape: int) -> None:
         self.world = World(self.models, shape)
 

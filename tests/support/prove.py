@@ -32,7 +32,7 @@ WEIGHTS = {
 def one_round(models: dict[str, object], seed: int) -> World:
     """A machine of the shape that ``seed`` gives, until everything on it has ended."""
     generator = random.Random(seed)
-    world = World(models, generator.getrandbits(128))  # type: ignore[arg-type]
+    world = World(models, generator.getrandbits(256))  # type: ignore[arg-type]
     for name in generator.choices(list(WEIGHTS), list(WEIGHTS.values()), k=ROUND_OPERATIONS):
         pick = generator.uniform(0, 15) if name == "time_passes" else generator.randrange(10_000)
         getattr(world, name)(pick)

@@ -17,22 +17,29 @@ from typing import Any
 import gguf
 
 import llama_gpu as lg
-from llama_gpu.budget import HostMemory
+from llama_gpu.budget import HostMemory, HostUse
 from llama_gpu.catalog import ModelEntry
 from llama_gpu.config import Config, ModelOptions
 from llama_gpu.effects import Admit, Effect, Refuse, Start, Stop
 from llama_gpu.errors import ServerExitedError
 from llama_gpu.placing import Placing, rules_of
-from llama_gpu.residents import LeavesFor, Resident, ResidentState
+from llama_gpu.residents import Assignment, LeavesFor, Resident, ResidentState
 from llama_gpu.rules import Limits
 from llama_gpu.scheduler import Scheduler
 from support.gguf_builder import write_sparse
 
 MIB = 1 << 20
-HOST_SIZES = (None, 2 << 30, 4 << 30)
 LAYERS = {"ant": 1, "bee": 2, "cat": 4, "dog": 6, "elk": 10, "fox": 60}
 GPU_SIZES = (700 * MIB, 1300 * MIB, 2600 * MIB, 2600 * MIB)
-CONFIG: dict[str, Any] = {"gpu": {"headroom_bytes": 0}}
+HOST_SIZES = (None, 2000 * MIB, 5000 * MIB, 20000 * MIB)
+HOST_HEADROOM = 100 * MIB
+CONFIG: dict[str, Any] = {"gpu": {"headroom_bytes": 0}, "memory": {"host_headroom_bytes": HOST_HEADROOM}}
+DEGRADE: tuple[list[Any], ...] = (
+    [],
+    [{"context_length": 512}],
+    [{"parallel": 1}, "partial", {"cache_type_k": "q8_0", "cache_type_v": "q8_0"}],
+    [{"micro_batch": 64}, "cpu"],
+)
 STARVATION_SECONDS = 20.0
 PRIORITIES = (0, 0, 1, -1)
 SERVING = (ResidentState.LOADING, ResidentState.READY)
@@ -65,6 +72,7 @@ class FakeServer:
     pid: int
     started: float
     held: dict[str, int] = field(default_factory=dict)
+    host_private: int = 0
     ready_at: float | None = None
     stopping: bool = False
 
@@ -88,10 +96,12 @@ class World:
         sizes = [GPU_SIZES[self._pick(len(GPU_SIZES))] for _ in range(self._pick(4))]
         self.total = {f"GPU-{index}": size for index, size in enumerate(sizes)}
         self.others = dict.fromkeys(self.total, 0)
+        self.host_total = HOST_SIZES[self._pick(len(HOST_SIZES))]
+        self.host_others = 0
         self.lost: set[str] = set()
-        self.host_bytes = HOST_SIZES[self._pick(len(HOST_SIZES))]
         self.tells_processes = bool(self._pick(2))
-        pool_size = (None, None, 2, 3)[self._pick(4)] if self.total else 2 + self._pick(2)
+        bound = bool(self.total) or self.host_total is not None
+        pool_size = (None, None, 2, 3)[self._pick(4)] if bound else 2 + self._pick(2)
         limits = Limits(pool_size=pool_size, queue_size=4, starvation_seconds=STARVATION_SECONDS)
         # On some machines a twin is told the same, and must answer the same.
         self.rules = {name: rules_of(entry) for name, entry in self.entries.items()}
@@ -111,7 +121,6 @@ class World:
         replicas = 1 + (self._pick(4) == 0)
         options = ModelOptions(
             context_length=2048,
-            cache_ram_bytes=0,
             parallel=1 + self._pick(2),
             pinned=self._pick(8) == 0,
             priority=PRIORITIES[self._pick(4)],
@@ -119,6 +128,9 @@ class World:
             max_replicas=replicas + self._pick(2),
             min_resident_seconds=(None, 0.0, 5.0, 30.0)[self._pick(4)],
             ttl_seconds=(None, None, None, 40.0)[self._pick(4)],
+            degrade=DEGRADE[self._pick(len(DEGRADE))],
+            degrade_at_once=bool(self._pick(2)),
+            cache_ram_bytes=64 * MIB,
         )
         path = Path(header.shards[0].path)
         return ModelEntry(id=name, path=path, file_bytes=header.file_bytes, options=options, header=header)
@@ -158,12 +170,15 @@ class World:
             size <= self._free_bytes(uuid) + server.held.get(uuid, 0) and uuid not in self.lost
             for uuid, size in takes.items()
         )
+        # A third of it is mapped: that is never anybody's alone.
+        private = server.resident.assignment.host_bytes * 2 // (9 if part else 3)
+        fits = fits and (self.host_total is None or private <= self._host_left() + server.host_private)
         if pick % 11 == 1 or not fits:
             del self.servers[name]
             error = ServerExitedError("it did not start", model=server.resident.model)
             self._happen(lambda s: s.server_failed(name, error, self.now))
             return
-        server.held = takes
+        server.held, server.host_private = takes, private
         if not part:
             server.ready_at = self.now
             self.took[server.resident.model] = max(self.now - server.started, 0.001)
@@ -199,6 +214,9 @@ class World:
 
     def others_change(self, pick: int) -> None:
         """Another program takes memory that is free now, or gives some back."""
+        if self.host_total is not None and pick % 3 == 0:
+            self.host_others = 0
+            self.host_others = max(0, self._host_left()) * (pick % 4) // 4
         if self.total:
             uuid = _one(sorted(self.total), pick)
             self.others[uuid] = 0
@@ -241,6 +259,17 @@ class World:
         held = sum(server.held.get(uuid, 0) for server in self.servers.values())
         return self.total[uuid] - self.others[uuid] - held
 
+    def _host_left(self) -> int:
+        private = sum(server.host_private for server in self.servers.values())
+        return (self.host_total or 0) - self.host_others - private
+
+    def _host(self) -> HostMemory | None:
+        """The host's memory as the system tells it now."""
+        if self.host_total is None:
+            return None
+        used = {name: HostUse(2 * s.host_private, s.host_private) for name, s in self.servers.items()}
+        return HostMemory(self.host_total, max(0, self._host_left()), used)
+
     def _refresh(self) -> None:
         """The snapshot as a driver gives it now."""
         gpus = []
@@ -261,10 +290,6 @@ class World:
         for placing in self.placings:
             placing.snapshot = lg.GpuSnapshot(gpus)
 
-    def _host(self) -> HostMemory | None:
-        """Weights are mapped from files: what servers hold still counts as available."""
-        return None if self.host_bytes is None else HostMemory(self.host_bytes, self.host_bytes)
-
     def _carry_out(self, effect: Effect) -> None:
         cause = f" ({effect.cause})" if isinstance(effect, Stop) else ""
         self.happened[f"{type(effect).__name__}{cause}"] += 1
@@ -274,6 +299,7 @@ class World:
                 assert server not in self.servers
                 assert resident.state is ResidentState.LOADING
                 self._check_room(server, model, assignment.bytes_by_gpu)
+                self._check_given_up(model, assignment)
                 self.servers[server] = FakeServer(resident, next(self._pids), self.now)
             case Stop(_, _, cause, server):
                 self._check_leaving(self.servers[server], cause)
@@ -295,12 +321,28 @@ class World:
         for uuid in claim:
             promised = sum(resident.bytes_by_gpu.get(uuid, 0) for resident in holding)
             assert promised + self.others[uuid] <= self.total[uuid], f"{uuid} is promised twice"
-        promised = sum(resident.assignment.host_bytes for resident in holding)
-        assert self.host_bytes is None or promised <= self.host_bytes, "the host's memory is promised twice"
+        self._check_host([*holding])
         for other in holding:
             if other.model == model and other.server != server:
                 assert claim, "a second server on the CPU"
                 assert not claim.keys() & other.bytes_by_gpu.keys(), "two servers of a model on one GPU"
+
+    def _check_host(self, residents: Sequence[Resident]) -> None:
+        """What these are promised of the host's memory together is there, and the headroom beside it."""
+        if self.host_total is not None:
+            promised = sum(resident.assignment.host_bytes for resident in residents)
+            assert promised + self.host_others + HOST_HEADROOM <= self.host_total, "host memory twice"
+
+    def _check_given_up(self, model: str, assignment: Assignment) -> None:
+        """A model gives up only what its configuration names."""
+        allowed: set[str] = set()
+        for step in self.entries[model].options.degrade:
+            allowed |= {step, "partial"} if isinstance(step, str) else step.changes.keys()
+        given_up = {one.kind for one in assignment.degraded}
+        assert given_up <= allowed, "it gave up what it was not allowed to"
+        self.happened["degraded"] += bool(given_up)
+        if self.total and not assignment.gpu_uuids:
+            assert "cpu" in given_up, "it went to the CPU in silence"
 
     def _check_leaving(self, server: FakeServer, cause: LeavesFor) -> None:
         name, model = server.resident.server, server.resident.model
@@ -335,6 +377,8 @@ class World:
         for uuid in promise.bytes_by_gpu:
             sizes = (resident.bytes_by_gpu.get(uuid, 0) for resident in staying)
             assert sum(sizes) + self.others[uuid] <= self.total[uuid], "their leaving is not enough"
+        if promise.assignment.mode != "pool":
+            self._check_host(staying)
 
     def _is_extra(self, resident: Resident) -> bool:
         """Whether there are more servers of its model than are asked for."""
