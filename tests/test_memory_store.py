@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import llama_gpu as lg
-from llama_gpu.memory.case import COMPANIONS, DEFAULTS, Case, gpu_kind
+from llama_gpu.memory.case import COMPANIONS, DEFAULTS, Case, gpu_kind, options_text
 from llama_gpu.memory.record import (
     DeviceTaken,
     Record,
@@ -28,6 +28,7 @@ from llama_gpu.memory.record import (
     taken_to_json,
 )
 from llama_gpu.memory.store import EngineMark, MemoryStore, default_file
+from support.gguf_builder import write_llama, write_projector
 
 MIB = 1 << 20
 CASE = Case("model", "options", ("a GPU 8.9",), (33,), "a build")
@@ -282,7 +283,16 @@ def test_every_option_of_estimate_stands_in_the_key_or_has_a_reason_not_to() -> 
         "compute_capability": "kinds",
         "backend": "only CUDA's is measured",
         "context_length": "as the estimate resolved it",
+        "mmproj_offload": "where it is False; else the keys of before would be lost",
     }
     known = {*DEFAULTS, *COMPANIONS, "lora", *elsewhere}
     assert set(lg.EstimateOptions.__annotations__) == known
     assert set(inspect.signature(lg._core.estimate).parameters) == {"model", *known}
+
+
+def test_a_projector_on_the_cpu_is_another_case(tmp_path: Path) -> None:
+    model, projector = write_llama(tmp_path / "m.gguf"), write_projector(tmp_path / "mmproj.gguf")
+    said = lg.estimate(model, mmproj=projector)
+    on_gpu = options_text(said, {"mmproj": projector})
+    assert options_text(said, {"mmproj": projector, "mmproj_offload": True}) == on_gpu
+    assert options_text(said, {"mmproj": projector, "mmproj_offload": False}) != on_gpu
