@@ -227,7 +227,15 @@ def test_losing_a_model_costs_less_the_longer_it_is_idle_and_more_the_dearer_it_
     def cost(**fields: Any) -> int:
         return lg.Running("a", {"GPU-0": 10 * GIB}, **fields).eviction_cost
 
-    assert cost(idle_seconds=300.0) == cost() // 2
+    assert cost(idle_seconds=60.0) == cost() // 2
+    assert cost(recent_requests=3.0) == pytest.approx(3 * cost(), rel=1e-6)
+    assert (
+        cost(recent_requests=float("nan"))
+        == cost(recent_requests=-1.0)
+        == cost(recent_requests=1.0)
+        == cost()
+    )
+    assert cost(recent_requests=0.0) == 1
     assert cost(reload_seconds=10.0) == 10_000_000
     assert cost(reload_seconds=10.0, priority=1) == 40_000_000
     assert cost(reload_seconds=float("nan")) == cost()

@@ -154,6 +154,17 @@ def test_every_request_ends_once_and_no_gpu_is_exceeded(
     assert outcome == play_strategy(name, situation(catalog, *gibs), load)
 
 
+def test_a_popular_model_stays_though_another_was_used_after_it(catalog: Catalog) -> None:
+    popular, once, other = sorted(catalog.models, key=lambda entry: entry.file_bytes)[18:21]
+    requests = [Request(60.0 * number, popular.id, 1.0) for number in range(10)]
+    requests += [Request(700.0, once.id, 1.0), Request(760.0, other.id, 1.0), Request(820.0, popular.id, 1.0)]
+    given = situation(catalog, 16.0)
+    sizes = [given.model_bytes[entry.id] for entry in (popular, once, other)]
+    assert sum(sizes) > 16 * GIB > sum(sizes[:2]) + GIB
+    outcome = play_strategy("single-gpu-preferred", given, requests)
+    assert (outcome.loads, outcome.evictions) == (3, 1)
+
+
 def test_a_model_that_fits_nowhere_is_refused_by_every_strategy(catalog: Catalog) -> None:
     largest = max(catalog.models, key=lambda entry: entry.file_bytes)
     load = [Request(0.0, largest.id, 1.0)]
@@ -183,13 +194,13 @@ def test_a_server_without_room_is_found_out() -> None:
 # --- who loads less ---------------------------------------------------------------------
 
 
-def test_less_is_loaded_than_by_counting_at_equal_memory(catalog: Catalog) -> None:
+def test_a_third_less_is_loaded_than_by_counting_at_equal_memory(catalog: Catalog) -> None:
     load = ZipfLoad(models=ids(catalog), requests=800, seed=1)
     given = situation(catalog, 24, 24, 24, 24)
     ours, counting = (play_strategy(name, given, load) for name in ("single-gpu-preferred", "by-count"))
     assert counting.strategy == "by-count (4)"
-    assert ours.loads < 0.8 * counting.loads
-    assert ours.waiting.mean < 0.8 * counting.waiting.mean
+    assert ours.loads < 0.67 * counting.loads
+    assert ours.waiting.mean < 0.67 * counting.waiting.mean
 
 
 @given(

@@ -708,6 +708,7 @@ class Running:
         idle_seconds: float = 0.0,
         priority: int = 0,
         reload_seconds: float | None = None,
+        recent_requests: float | None = None,
     ) -> Self: ...
     @property
     def id(self) -> str:
@@ -738,11 +739,15 @@ class Running:
         """Seconds that loading it again takes; None is taken from its size, at 2 GB a second."""
 
     @property
+    def recent_requests(self) -> float | None:
+        """How often it was asked for lately, older requests counting for less; None counts as once."""
+
+    @property
     def eviction_cost(self) -> int:
         """What evicting it costs, in microseconds of reloading that are to be expected.
 
-        ``reload * 4**priority / (1 + idle / 300)``, the priority held between -8 and 8, at
-        least 1. The set that is evicted is the one with the least sum.
+        ``reload * 4**priority * recent_requests / (1 + idle / 60)``, the priority held between
+        -8 and 8, at least 1. The set that is evicted is the one with the least sum.
         """
 
     def __eq__(self, other: object, /) -> bool: ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from llama_gpu.errors import DoesNotFitError
+from llama_gpu.popularity import Popularity
 from llama_gpu.replicas import extra_servers, in_service
 from llama_gpu.residents import Resident, ResidentState, ResidentView
 from llama_gpu.rules import Rules
@@ -15,18 +16,23 @@ MayLeave = Callable[[Resident], bool]
 
 
 class Leavers:
-    """The residents at the time ``now``. ``load_seconds`` is what a model's last load took, if known."""
+    """The residents at the time ``now``.
+
+    ``load_seconds`` is what a model's last load took, if known; ``popularity`` how often it is asked for.
+    """
 
     def __init__(
         self,
         residents: Mapping[str, Resident],
         rules: Callable[[str], Rules],
         load_seconds: Callable[[str], float | None],
+        popularity: Popularity,
         now: float,
     ) -> None:
         self.residents = residents
         self._rules = rules
         self._load_seconds = load_seconds
+        self._popularity = popularity
         self._now = now
         self._awaited = {server for resident in residents.values() for server in resident.waits_for}
         models = dict.fromkeys(resident.model for resident in residents.values())
@@ -99,6 +105,7 @@ class Leavers:
             priority=priority,
             stays=self.pinned(resident),
             host_bytes=resident.assignment.host_bytes,
+            recent_requests=self._popularity.recent(resident.model, self._now),
         )
 
 

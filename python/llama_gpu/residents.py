@@ -64,6 +64,7 @@ class ResidentView:
     priority: int = 0
     stays: bool = False
     host_bytes: int = 0
+    recent_requests: float | None = None
 
     def as_running(self, owed_by_gpu: Mapping[str, int] = MappingProxyType({})) -> Running:
         """The same as ``lg.place`` wants it; ``eviction_cost`` says what losing it costs.
@@ -78,6 +79,7 @@ class ResidentView:
             idle_seconds=self.idle_seconds,
             priority=self.priority,
             reload_seconds=self.reload_seconds,
+            recent_requests=self.recent_requests,
         )
 
 

@@ -24,6 +24,7 @@ from llama_gpu.effects import Admit, Effect, Refuse, Start, Stop
 from llama_gpu.errors import DoesNotFitError, LlamaGpuError, QueueFullError, ServerError
 from llama_gpu.leaving import Leavers, choose_victims
 from llama_gpu.load_times import LoadTimes
+from llama_gpu.popularity import Popularity
 from llama_gpu.replicas import free_id, in_service, wants_another
 from llama_gpu.residents import Assignment, LeavesFor, Placer, Resident, ResidentState, ResidentView
 from llama_gpu.rules import Limits, Rules
@@ -57,6 +58,7 @@ class Scheduler:
         self._affinity = Affinity()
         self._served_by: dict[int, str] = {}
         self._load_times = LoadTimes(rules)
+        self._popularity = Popularity()
         self._no_replica_before: dict[str, float] = {}
         # Asking anew is of use only when something has changed since the last time.
         self._changes = 0
@@ -108,6 +110,7 @@ class Scheduler:
         Requests of one ``conversation`` go to the same of several servers, where none is clearly less
         loaded.
         """
+        self._popularity.asked_for(model, now)
         if self._waiting.count(model) >= self.limits.queue_size:
             seconds = self.retry_after_seconds(model, now)
             message = (
@@ -409,7 +412,7 @@ class Scheduler:
         return in_service(self._residents.values(), model)
 
     def _leavers(self, now: float) -> Leavers:
-        return Leavers(self._residents, self._rules, self._load_times.measured, now)
+        return Leavers(self._residents, self._rules, self._load_times.measured, self._popularity, now)
 
     def _claims(self) -> list[Claim]:
         awaited = {server for resident in self._residents.values() for server in resident.waits_for}

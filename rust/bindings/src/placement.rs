@@ -171,9 +171,10 @@ pub(crate) struct PyRunning(pub(crate) Running);
 
 #[pymethods]
 impl PyRunning {
+    #[expect(clippy::too_many_arguments, reason = "keywords of a Python class")]
     #[new]
     #[pyo3(signature = (id, bytes_by_gpu, *, busy=false, pinned=false, idle_seconds=0.0, priority=0,
-        reload_seconds=None))]
+        reload_seconds=None, recent_requests=None))]
     fn new(
         id: String,
         bytes_by_gpu: &Bound<'_, PyDict>,
@@ -182,6 +183,7 @@ impl PyRunning {
         idle_seconds: f64,
         priority: i32,
         reload_seconds: Option<f64>,
+        recent_requests: Option<f64>,
     ) -> PyResult<Self> {
         let bytes_by_gpu = bytes_by_gpu
             .iter()
@@ -195,6 +197,7 @@ impl PyRunning {
             idle_seconds,
             priority,
             reload_seconds,
+            recent_requests,
         }))
     }
 
@@ -238,6 +241,11 @@ impl PyRunning {
     }
 
     #[getter]
+    fn recent_requests(&self) -> Option<f64> {
+        self.0.recent_requests
+    }
+
+    #[getter]
     fn eviction_cost(&self) -> u64 {
         self.0.eviction_cost()
     }
@@ -251,6 +259,7 @@ impl PyRunning {
         fields.set_item("idle_seconds", self.idle_seconds())?;
         fields.set_item("priority", self.priority())?;
         fields.set_item("reload_seconds", self.reload_seconds())?;
+        fields.set_item("recent_requests", self.recent_requests())?;
         Ok((PyTuple::empty(py), fields))
     }
 

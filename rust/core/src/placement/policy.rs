@@ -179,6 +179,8 @@ pub struct Running {
     pub priority: i32,
     /// Seconds that loading it again takes, if measured; else taken from its size.
     pub reload_seconds: Option<f64>,
+    /// How often it was asked for lately, older requests counting for less; `None` counts as once.
+    pub recent_requests: Option<f64>,
 }
 
 impl Running {
@@ -186,7 +188,7 @@ impl Running {
     /// a common solid-state drive, not a warm page cache.
     const LOADED_PER_SECOND: f64 = 2e9;
     /// After this many idle seconds a model is held to be half as likely to be asked for soon.
-    const IDLE_HALVES_AFTER: f64 = 300.0;
+    const IDLE_HALVES_AFTER: f64 = 60.0;
 
     /// Whether it may be evicted for a newcomer of this priority.
     pub fn may_leave_for(&self, priority: i32) -> bool {
@@ -195,11 +197,18 @@ impl Running {
 
     /// What evicting it costs: the microseconds of reloading that are to be expected.
     ///
-    /// `reload × 4^priority ÷ (1 + idle ÷ 300 s)`, priorities beyond ±8 counting as ±8, and
-    /// never less than 1, so that of two sets that do, one that contains the other never wins.
+    /// `reload × 4^priority × recent requests ÷ (1 + idle ÷ 60 s)`, priorities beyond ±8 counting
+    /// as ±8, and never less than 1, so that of two sets that do, one that contains the other
+    /// never wins.
+    ///
+    /// What comes often is wanted again soon, and what rests is less so the longer it does:
+    /// requests come in runs, of which the pauses between them are heavy-tailed, so that the
+    /// odds of one more fall with the time since the last. Either alone is worse: by recency a
+    /// popular model leaves in every pause, by frequency one that was popular yesterday stays.
+    /// Bytes are no part of it: the search weighs what each set frees.
     pub fn eviction_cost(&self) -> u64 {
         const MOST: f64 = 1e15;
-        let known = |seconds: f64| seconds.is_finite() && seconds >= 0.0;
+        let known = |number: f64| number.is_finite() && number >= 0.0;
         let bytes: u128 = self.bytes_by_gpu.iter().map(|(_, n)| u128::from(*n)).sum();
         #[expect(clippy::cast_precision_loss, reason = "a price, not a size")]
         let from_size = bytes as f64 / Self::LOADED_PER_SECOND;
@@ -209,7 +218,11 @@ impl Running {
         } else {
             0.0
         };
-        let cost = 1e6 * reload.unwrap_or(from_size) * priority_factor(self.priority)
+        let requests = self.recent_requests.filter(|&count| known(count));
+        let cost = 1e6
+            * reload.unwrap_or(from_size)
+            * priority_factor(self.priority)
+            * requests.unwrap_or(1.0)
             / (1.0 + idle / Self::IDLE_HALVES_AFTER);
         #[expect(
             clippy::cast_possible_truncation,
