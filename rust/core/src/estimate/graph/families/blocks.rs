@@ -38,7 +38,7 @@ impl Sparse {
             return None;
         }
         let block = b.number("attention.indexer.block_size", 1).max(1);
-        let positions = (FIRST_POSITIONS + block - 1) / block * block;
+        let positions = (FIRST_POSITIONS + block - 1) & !(block - 1);
         let n_tokens = b.n_tokens;
         let indexer_ids = b.key_ids();
         let blocks = positions / block;

@@ -166,12 +166,12 @@ fn rates(b: &mut Builder<'_>, cur: TensorId, s: Sizes) -> [TensorId; 2] {
     ]
 }
 
-fn linear(b: &mut Builder<'_>, input: StateInput, cur: TensorId) -> TensorId {
+pub(super) fn linear(b: &mut Builder<'_>, input: StateInput, cur: TensorId) -> TensorId {
     let s = Sizes::of(b);
     let [all, z] = mixed(b, cur, s);
     let [gate, beta] = rates(b, cur, s);
     let kernel = b.weight("ssm_conv1d");
-    let joined = convolution_input(b, input, all, s);
+    let joined = convolution_input(b, input, all);
     let states = b.recurrent_state();
     let state = b.rows_of_state(input, states);
     let state =
@@ -217,17 +217,31 @@ fn linear(b: &mut Builder<'_>, input: StateInput, cur: TensorId) -> TensorId {
 }
 
 /// `build_conv_state`.
-fn convolution_input(b: &mut Builder<'_>, input: StateInput, all: TensorId, s: Sizes) -> TensorId {
-    let channels = s.inner + 2 * s.key_heads * s.key;
+fn convolution_input(b: &mut Builder<'_>, input: StateInput, all: TensorId) -> TensorId {
     let kernel = b.weight("ssm_conv1d");
     let kept = b.g.ne(kernel)[0] - 1;
     let states = b.convolution_state();
+    behind_state(b, input, states, all, kept)
+}
+
+/// `x`, turned, behind the last `kept` columns of what came before, which it replaces.
+pub(super) fn behind_state(
+    b: &mut Builder<'_>,
+    input: StateInput,
+    states: TensorId,
+    x: TensorId,
+    kept: i64,
+) -> TensorId {
+    let ([channels, ..], seqs) = (b.g.ne(x), b.n_seqs);
     let earlier = b.rows_of_state(input, states);
-    let earlier = b.g.reshape_3d(earlier, kept, channels, s.seqs);
-    let turned = b.g.transpose(all);
+    let earlier = b.g.reshape_3d(earlier, kept, channels, seqs);
+    let turned = b.g.transpose(x);
     let joined = b.g.concat(earlier, turned, 0);
     let [_, b1, b2, _] = b.g.nb(joined);
-    let last = b.g.view_3d(joined, [kept, channels, s.seqs], [b1, b2]);
+    let mut last = b.g.view_3d(joined, [kept, channels, seqs], [b1, b2]);
+    if b.model.architecture() == "qwen4exp" {
+        last = b.g.cont(last);
+    }
     b.keep_state(last, states);
     joined
 }
@@ -264,7 +278,7 @@ pub(super) fn delta(
 }
 
 /// Experts with a shared one behind a sigmoid, or a dense block.
-fn feed_forward(b: &mut Builder<'_>, normed: TensorId) -> TensorId {
+pub(super) fn feed_forward(b: &mut Builder<'_>, normed: TensorId) -> TensorId {
     if !b.has("ffn_gate_inp") {
         return b.ffn(normed, Activation::Gated);
     }

@@ -16,7 +16,9 @@ mod kda;
 mod latent;
 mod lightning;
 mod mamba;
+mod ngram;
 mod pools;
+mod qwen4;
 mod residual;
 mod rwkv;
 mod sparse;
@@ -62,6 +64,7 @@ fn own_graph(architecture: &str) -> Option<fn(&mut Builder<'_>)> {
         "granitehybrid" => hybrid::granite,
         "lfm2" | "lfm2moe" => hybrid::lfm2,
         "plamo2" => hybrid::plamo2,
+        "qwen4exp" => qwen4::qwen4,
         "qwen3next" | "qwen35" | "qwen35moe" => delta::qwen,
         "glm5-next" => glm::next,
         "kimi-linear" => kda::kimi_linear,
