@@ -394,6 +394,14 @@ pub(crate) fn loads_in_prediction_layer(architecture: &str, name: &str) -> bool 
     }
 }
 
+/// Architectures that attend in both directions whatever the header says (`load_arch_hparams`).
+pub(crate) fn is_never_causal(architecture: &str) -> bool {
+    matches!(
+        architecture,
+        "dream" | "gemma-embedding" | "llada" | "llada-moe" | "rnd1"
+    )
+}
+
 /// Encoders whose `output` never falls back to the embedding table.
 pub(crate) fn has_no_language_head(architecture: &str) -> bool {
     matches!(

@@ -191,7 +191,8 @@ impl Hyperparameters {
             recurrent: filled(false, layers),
             owns_indexer: filled(false, layers),
             compress_ratios: filled(0, layers),
-            causal: keys.bool("attention.causal")?.unwrap_or(true),
+            causal: keys.bool("attention.causal")?.unwrap_or(true)
+                && !architecture::is_never_causal(&architecture),
             indexer_key_length: keys.u32("attention.indexer.key_length")?.unwrap_or(0),
             indexer_top_k: keys.u32("attention.indexer.top_k")?.unwrap_or(0),
             hyper_connections: keys.u32("hyper_connection.count")?.unwrap_or(0),

@@ -169,10 +169,7 @@ impl Schedule {
             let copied_before = |(source, copy): &(TensorId, TensorId)| {
                 own.contains(&source.index()) && !nodes.iter().any(|(id, _)| id == copy)
             };
-            // a leaf that is no input has its place from the start, one for each layer
-            let mut tensors = graph.tensors.get(own.clone()).unwrap_or_default().iter();
-            let plans_leaf = tensors.any(|t| t.op == Op::Leaf && t.storage == Storage::Planned);
-            if plans_leaf || self.copied.iter().any(copied_before) {
+            if self.copied.iter().any(copied_before) {
                 return false;
             }
             self.rounds.push(Round {

@@ -92,7 +92,7 @@ pub(super) fn dots3(b: &mut Builder<'_>) {
     };
     let indexer = Indexer::of(b, true);
     let outputs = b.output_ids();
-    for il in b.layers() {
+    for il in b.every_layer() {
         b.enter(il);
         let mut residual = cur;
         let normed = b.rms(cur, "attn_norm");
