@@ -5,6 +5,7 @@ from typing import Any
 
 from llama_gpu.budget import Claim
 from llama_gpu.errors import DoesNotFitError, QueueFullError, ServerExitedError
+from llama_gpu.openai import error_reply
 from llama_gpu.residents import Assignment, ResidentView
 from llama_gpu.scheduler import Admit, Effect, Limits, Refuse, Rules, Scheduler, Start, Stop
 
@@ -189,7 +190,8 @@ def test_a_request_that_waits_too_long_is_refused() -> None:
     scheduler.request_arrived(1, "a", 0.0)
     scheduler.server_ready("a", 0.0)
     scheduler.request_arrived(2, "b", 1.0)
-    assert list(refused(scheduler.memory_changed(102.0))) == [2]
+    (error,) = refused(scheduler.memory_changed(102.0)).values()
+    assert error_reply(error).headers == {"retry-after": "10"}, "a load that nobody has measured"
 
 
 def alike(**fields: Any) -> Callable[[str], Rules]:

@@ -136,11 +136,15 @@ class ConfigError(LlamaGpuError, ValueError):
 
 
 class ServerError(LlamaGpuError):
-    """A llama.cpp server, or the wish for one, failed. ``model`` is the model's id."""
+    """A llama.cpp server, or the wish for one, failed. ``model`` is the model's id.
 
-    def __init__(self, message: str, *, model: str = "") -> None:
+    ``retry_after_seconds`` is when to try again, None where nobody can tell.
+    """
+
+    def __init__(self, message: str, *, model: str = "", retry_after_seconds: float | None = None) -> None:
         super().__init__(message)
         self.model = model
+        self.retry_after_seconds = retry_after_seconds
 
 
 class StartTimeoutError(ServerError):
@@ -167,8 +171,7 @@ class QueueFullError(ServerError):
     """Too many requests already wait for this model; try again after ``retry_after_seconds``."""
 
     def __init__(self, message: str, *, model: str = "", retry_after_seconds: float = 1.0) -> None:
-        super().__init__(message, model=model)
-        self.retry_after_seconds = retry_after_seconds
+        super().__init__(message, model=model, retry_after_seconds=retry_after_seconds)
 
 
 class UnknownModelError(ServerError, LookupError):

@@ -78,7 +78,9 @@ def error_reply(error: Exception, *, model: str | None = None) -> ErrorReply:
         **({"model": model} if model is not None else {}),
         **{attribute: getattr(error, attribute) for attribute in names},
     }
-    seconds = getattr(error, "retry_after_seconds", 5 if code == "server_unavailable" else None)
+    seconds = getattr(error, "retry_after_seconds", None)
+    if seconds is None and code == "server_unavailable":
+        seconds = 5
     headers = {} if seconds is None else {"retry-after": str(max(1, round(seconds)))}
     return ErrorReply(status, {"error": body}, headers)
 

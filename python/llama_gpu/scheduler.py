@@ -209,7 +209,8 @@ class Scheduler:
         effects: list[Effect] = []
         for request in list(self._waiting.waiting_since(now - self.limits.wait_seconds)):
             self._waiting.remove(request.ticket)
-            effects.append(Refuse(request.ticket, _waited_too_long(request, now)))
+            seconds = self.retry_after_seconds(request.model, now)
+            effects.append(Refuse(request.ticket, _waited_too_long(request, now, seconds)))
         leavers = self._leavers(now)
         for resident in list(self._residents.values()):
             limit = self._rules(resident.model).idle_seconds_before_unload
@@ -375,7 +376,6 @@ class Scheduler:
                 break  # another one is about to be ready, and would stand idle beside a long queue
             server = self._affinity.choose(model, request.conversation, loads, slots)
             self._waiting.remove(request.ticket)
-            self._changes += not ready[server].active
             ready[server].active.add(request.ticket)
             self._served_by[request.ticket] = server
             effects.append(Admit(request.ticket, model, server))
@@ -422,9 +422,9 @@ class Scheduler:
         ]
 
 
-def _waited_too_long(request: Request, now: float) -> ServerError:
+def _waited_too_long(request: Request, now: float, retry_after_seconds: float) -> ServerError:
     message = (
         f"{request.model!r} could not be loaded within {now - request.since:.0f} s: "
         "the models in its place are busy"
     )
-    return ServerError(message, model=request.model)
+    return ServerError(message, model=request.model, retry_after_seconds=retry_after_seconds)
