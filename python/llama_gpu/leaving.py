@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
+from llama_gpu.budget import Claim
 from llama_gpu.errors import DoesNotFitError
 from llama_gpu.popularity import Popularity
 from llama_gpu.replicas import extra_servers, in_service
@@ -78,6 +80,23 @@ class Leavers:
         if also_new:
             return resident.state in (ResidentState.LOADING, ResidentState.READY)
         return resident.state is ResidentState.READY and self.stayed(resident)
+
+    def idle_too_long(self, otherwise_seconds: float | None) -> list[Resident]:
+        """Those that are to leave by their own rules, or after ``otherwise_seconds`` where they have none."""
+        found = []
+        for resident in self.residents.values():
+            limit = self._rules(resident.model).idle_seconds_before_unload or otherwise_seconds
+            idle = self.idle(resident) and not self.pinned(resident)
+            if limit is not None and idle and self._now - resident.last_used >= limit:
+                found.append(resident)
+        return found
+
+    def claims(self) -> list[Claim]:
+        """Every resident's claim; what others are promised already is marked."""
+        return [
+            replace(resident.claim, awaited=resident.server in self._awaited)
+            for resident in self.residents.values()
+        ]
 
     def views(self, newcomer: str, may_leave: MayLeave, *, starved: bool = False) -> list[ResidentView]:
         """The residents as the placer of ``newcomer`` sees them; no priority protects from a starved one."""

@@ -1,9 +1,8 @@
 """Which model is resident, who waits and who leaves: a pure state machine.
 
-Events go in as method calls that carry the time, effects come out as values. There is no
-clock, no log, no I/O and no asyncio here; the supervisor does what the effects say and
-reports back. A server's life is ``LOADING -> READY -> STOPPING``, or ``MAKING_ROOM`` first
-while those that it replaces leave.
+Events go in as method calls that carry the time, effects come out as values; the supervisor does
+what they say and reports back. There is no clock, no log and no I/O here. A server's life is
+``LOADING -> READY -> STOPPING``, or ``MAKING_ROOM`` first while those that it replaces leave.
 
 Invariants that the tests hold it to:
 
@@ -21,14 +20,14 @@ from dataclasses import replace
 from llama_gpu.affinity import Affinity
 from llama_gpu.budget import Claim
 from llama_gpu.effects import Admit, Effect, Refuse, Start, Stop
-from llama_gpu.errors import DoesNotFitError, LlamaGpuError, QueueFullError, ServerError
+from llama_gpu.errors import DoesNotFitError, LlamaGpuError
 from llama_gpu.leaving import Leavers, choose_victims
 from llama_gpu.load_times import LoadTimes
 from llama_gpu.popularity import Popularity
 from llama_gpu.replicas import free_id, in_service, wants_another
 from llama_gpu.residents import Assignment, LeavesFor, Placer, Resident, ResidentState, ResidentView
 from llama_gpu.rules import Limits, Rules
-from llama_gpu.waiting import Request, Waiting
+from llama_gpu.waiting import Request, Waiting, queue_full, waited_too_long
 
 __all__ = ["Admit", "Effect", "Limits", "Refuse", "Rules", "Scheduler", "Start", "Stop"]
 
@@ -39,8 +38,7 @@ REPLICA_RETRY_SECONDS = 60.0
 class Scheduler:
     """The state machine. Every public method returns the effects to carry out, in order.
 
-    ``rules`` says what holds for a model. A server is named by its id: its model's, or ``model#2`` and
-    so on for further ones.
+    ``rules`` says what holds for a model. A server's id is its model's, or ``model#2`` and so on.
     """
 
     def __init__(
@@ -74,7 +72,7 @@ class Scheduler:
     @property
     def loads(self) -> bool:
         """Whether a server loads, or is about to."""
-        begun = (ResidentState.MAKING_ROOM, ResidentState.LOADING)
+        begun = ResidentState.MAKING_ROOM, ResidentState.LOADING
         return any(resident.state in begun for resident in self._residents.values())
 
     def servers_of(self, model: str) -> list[Resident]:
@@ -97,8 +95,8 @@ class Scheduler:
         """What the placer of ``model`` is told at this moment, as if none of its servers were there."""
         leavers = self._leavers(now)
         views = leavers.views(model, next(leavers.rounds(starved=False)))
-        others = [resident for resident in self._residents.values() if resident.model != model]
-        return [view for view in views if view.model != model], [resident.claim for resident in others]
+        others = [resident.claim for resident in self._residents.values() if resident.model != model]
+        return [view for view in views if view.model != model], others
 
     # -- events ------------------------------------------------------------------------------
 
@@ -113,11 +111,7 @@ class Scheduler:
         self._popularity.asked_for(model, now)
         if self._waiting.count(model) >= self.limits.queue_size:
             seconds = self.retry_after_seconds(model, now)
-            message = (
-                f"{self.limits.queue_size} requests already wait for {model!r}; "
-                f"try again in about {seconds:.0f} s"
-            )
-            return [Refuse(ticket, QueueFullError(message, model=model, retry_after_seconds=seconds))]
+            return [Refuse(ticket, queue_full(model, self.limits.queue_size, seconds))]
         self._waiting.add(Request(ticket, model, now, conversation))
         # Nobody else gains by a request that goes straight to a server: the others need not be thought of.
         return self._admit(model) or self._advance(now)
@@ -210,19 +204,10 @@ class Scheduler:
         for request in list(self._waiting.waiting_since(now - self.limits.wait_seconds)):
             self._waiting.remove(request.ticket)
             seconds = self.retry_after_seconds(request.model, now)
-            effects.append(Refuse(request.ticket, _waited_too_long(request, now, seconds)))
-        leavers = self._leavers(now)
-        for resident in list(self._residents.values()):
-            limit = self._rules(resident.model).idle_seconds_before_unload
-            limit = limit or self.limits.idle_seconds_before_unload
-            idle = now - resident.last_used
-            if (
-                limit is not None
-                and idle >= limit
-                and leavers.idle(resident)
-                and not leavers.pinned(resident)
-            ):
-                effects.append(self._stop(resident, f"idle for {idle:.0f} s", LeavesFor.IDLE))
+            effects.append(Refuse(request.ticket, waited_too_long(request, now, seconds)))
+        for resident in self._leavers(now).idle_too_long(self.limits.idle_seconds_before_unload):
+            reason = f"idle for {now - resident.last_used:.0f} s"
+            effects.append(self._stop(resident, reason, LeavesFor.IDLE))
         return effects + self._advance(now) + self._add_replicas(now)
 
     # -- decisions ---------------------------------------------------------------------------
@@ -275,7 +260,7 @@ class Scheduler:
         for may_leave in leavers.rounds(starved=starved):
             views = leavers.views(model, may_leave, starved=starved)
             try:
-                assignment = self._placer(model, views, self._claims())
+                assignment = self._placer(model, views, leavers.claims())
                 victims = choose_victims(self.limits.pool_size, leavers, views, assignment.evict)
             except DoesNotFitError as error:
                 refusal = refusal or error
@@ -294,7 +279,7 @@ class Scheduler:
         """Whether waiting can help: it would go in if all left that are not pinned."""
         views = leavers.views(model, lambda resident: not leavers.pinned(resident), starved=True)
         try:
-            assignment = self._placer(model, views, self._claims())
+            assignment = self._placer(model, views, leavers.claims())
             choose_victims(self.limits.pool_size, leavers, views, assignment.evict)
         except LlamaGpuError:
             return False
@@ -353,7 +338,7 @@ class Scheduler:
                 continue
             views = leavers.views(model, lambda _nobody: False)
             try:
-                assignment = self._placer(model, views, self._claims())
+                assignment = self._placer(model, views, leavers.claims())
                 free = choose_victims(self.limits.pool_size, leavers, views, assignment.evict) == ()
             except LlamaGpuError:
                 continue
@@ -413,18 +398,3 @@ class Scheduler:
 
     def _leavers(self, now: float) -> Leavers:
         return Leavers(self._residents, self._rules, self._load_times.measured, self._popularity, now)
-
-    def _claims(self) -> list[Claim]:
-        awaited = {server for resident in self._residents.values() for server in resident.waits_for}
-        return [
-            replace(resident.claim, awaited=True) if resident.server in awaited else resident.claim
-            for resident in self._residents.values()
-        ]
-
-
-def _waited_too_long(request: Request, now: float, retry_after_seconds: float) -> ServerError:
-    message = (
-        f"{request.model!r} could not be loaded within {now - request.since:.0f} s: "
-        "the models in its place are busy"
-    )
-    return ServerError(message, model=request.model, retry_after_seconds=retry_after_seconds)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-__all__ = ["Request", "Waiting"]
+from llama_gpu.errors import QueueFullError, ServerError
+
+__all__ = ["Request", "Waiting", "queue_full", "waited_too_long"]
 
 
 @dataclass(frozen=True)
@@ -59,3 +61,18 @@ class Waiting:
                 if request.since >= time:
                     break
                 yield request
+
+
+def queue_full(model: str, size: int, retry_after_seconds: float) -> QueueFullError:
+    """What one request too many is told."""
+    message = f"{size} requests already wait for {model!r}; try again in about {retry_after_seconds:.0f} s"
+    return QueueFullError(message, model=model, retry_after_seconds=retry_after_seconds)
+
+
+def waited_too_long(request: Request, now: float, retry_after_seconds: float) -> ServerError:
+    """What a request is told that nobody could serve in time."""
+    message = (
+        f"{request.model!r} could not be loaded within {now - request.since:.0f} s: "
+        "the models in its place are busy"
+    )
+    return ServerError(message, model=request.model, retry_after_seconds=retry_after_seconds)
