@@ -5,12 +5,12 @@
 
 use super::ops::Graph;
 use super::scheduler::{Round, RoundNodes, Schedule};
-use super::tensor::{Op, TensorId};
+use super::tensor::{Op, Storage, TensorId};
 
 /// How a backend's buffers count bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct BufferRules {
-    /// Every allocation is padded to this many bytes.
+    /// Every allocation is padded to this many bytes, a power of two.
     pub(super) alignment: i64,
     /// CUDA pads a quantised tensor's last row to 512 elements and keeps f16 copies of K and V behind flash attention.
     pub(super) cuda: bool,
@@ -18,20 +18,24 @@ pub(super) struct BufferRules {
 
 impl BufferRules {
     fn pad(self, bytes: i64) -> i64 {
-        bytes.saturating_add(self.alignment - 1) / self.alignment * self.alignment
+        bytes.saturating_add(self.alignment - 1) & -self.alignment
     }
 
     /// Bytes that a buffer of this kind sets aside for `id`, before padding (`get_alloc_size`).
     fn bytes(self, graph: &Graph, id: TensorId) -> i64 {
         let tensor = graph.get(id);
-        let bytes = tensor.bytes();
+        let bytes = tensor.own_bytes;
         if !self.cuda {
             return bytes;
         }
         if tensor.op == Op::FlashAttention {
             return super::cuda::flash_attention_bytes(graph, tensor, bytes);
         }
-        bytes.saturating_add(super::cuda::row_padding_bytes(tensor.element, tensor.ne))
+        if tensor.element.is_quantized() {
+            return bytes
+                .saturating_add(super::cuda::row_padding_bytes(tensor.element, tensor.ne));
+        }
+        bytes
     }
 }
 
@@ -118,10 +122,14 @@ impl Buffer {
 }
 
 /// What the allocator knows of one tensor.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 struct Lifetime {
+    /// What is yet to read it; an output is read once more than the graph does, so that it is never given back.
     readers: u32,
     views: u32,
+    view_of: TensorId,
+    /// Wants a place: it is no weight, no state and no view.
+    planned: bool,
     allocated: bool,
     /// Belongs to the round that runs again.
     own: bool,
@@ -129,6 +137,22 @@ struct Lifetime {
     offset: i64,
     /// Bytes set aside, padded.
     bytes: i64,
+}
+
+impl Default for Lifetime {
+    fn default() -> Self {
+        Self {
+            readers: 0,
+            views: 0,
+            view_of: TensorId::NONE,
+            planned: false,
+            allocated: false,
+            own: false,
+            buffer: 0,
+            offset: 0,
+            bytes: 0,
+        }
+    }
 }
 
 /// Plans graphs one after the other; keeps its memory between them.
@@ -287,27 +311,32 @@ impl Run<'_> {
             .map_or(0, |rules| rules.pad(rules.bytes(self.graph, id)))
     }
 
-    /// Leaves first, then readers and views are counted and explicit inputs placed.
+    /// Readers and views are counted, and leaves placed.
     fn inputs(&mut self, schedule: &Schedule) {
         for (leaf, backend) in schedule.leaves.iter().copied() {
+            self.introduce(leaf);
             self.allocate(leaf, backend);
         }
-        for (node, backend) in schedule.nodes.iter().copied() {
+        for (node, _) in schedule.nodes.iter().copied() {
+            self.introduce(node);
             let tensor = self.graph.get(node);
             // a leaf in the node list only keeps its source alive: it is no view that anyone reads
             if tensor.is_view() && tensor.op != Op::Leaf {
                 self.edit(tensor.view_of, |life| life.views += 1);
             }
-            if tensor.is_input {
-                self.allocate(node, backend);
-            }
             for source in tensor.sources() {
                 self.edit(source, |life| life.readers += 1);
-                if self.graph.get(source).is_input {
-                    self.allocate(source, backend);
-                }
             }
         }
+    }
+
+    fn introduce(&mut self, id: TensorId) {
+        let tensor = self.graph.get(id);
+        self.edit(id, |life| {
+            life.view_of = tensor.view_of;
+            life.planned = tensor.storage == Storage::Planned && !tensor.is_view();
+            life.readers += u32::from(tensor.is_output);
+        });
     }
 
     fn step(&mut self, node: TensorId, backend: u8) {
@@ -318,49 +347,57 @@ impl Run<'_> {
         self.allocate(node, backend);
         let runs_again = self.repeating && self.life(node).own;
         for source in tensor.sources() {
-            if runs_again && !self.life(source).own {
+            let Some(life) = self.lifetimes.get_mut(source.index()) else {
+                continue;
+            };
+            if runs_again && !life.own {
                 continue;
             }
-            self.edit(source, |life| life.readers = life.readers.saturating_sub(1));
-            let life = self.life(source);
+            life.readers = life.readers.saturating_sub(1);
             if life.readers > 0 || life.views > 0 {
                 continue;
             }
-            let view_of = self.graph.get(source).view_of;
-            if view_of.is_some() {
-                if runs_again && !self.life(view_of).own {
-                    continue;
+            let (view_of, allocated) = (life.view_of, life.allocated);
+            if !view_of.is_some() {
+                if allocated {
+                    self.free(source);
                 }
-                self.edit(view_of, |life| life.views = life.views.saturating_sub(1));
-                let viewed = self.life(view_of);
-                if viewed.views == 0 && viewed.readers == 0 && viewed.allocated {
-                    self.free(view_of);
-                }
-            } else if life.allocated {
-                self.free(source);
+                continue;
+            }
+            let Some(viewed) = self.lifetimes.get_mut(view_of.index()) else {
+                continue;
+            };
+            if runs_again && !viewed.own {
+                continue;
+            }
+            viewed.views = viewed.views.saturating_sub(1);
+            if viewed.views == 0 && viewed.readers == 0 && viewed.allocated {
+                self.free(view_of);
             }
         }
     }
 
     fn free(&mut self, id: TensorId) {
-        if self.graph.get(id).is_output {
-            return;
-        }
         let life = self.life(id);
-        let bytes = life.bytes;
         if let Some(buffer) = self.buffers.get_mut(usize::from(life.buffer)) {
-            buffer.release(life.offset, bytes);
+            buffer.release(life.offset, life.bytes);
         }
         self.edit(id, |life| life.allocated = false);
     }
 
+    #[inline]
     fn allocate(&mut self, id: TensorId, backend: u8) {
-        let tensor = self.graph.get(id);
-        if tensor.storage.backend().is_some() || tensor.is_view() || self.life(id).allocated {
-            return;
+        if let Some(life) = self.lifetimes.get_mut(id.index())
+            && life.planned
+            && !life.allocated
+        {
+            life.allocated = true;
+            self.place(id, backend);
         }
-        self.edit(id, |life| life.allocated = true);
-        if tensor.op.can_reuse_source() && self.reuse_source(id) {
+    }
+
+    fn place(&mut self, id: TensorId, backend: u8) {
+        if self.graph.get(id).op.can_reuse_source() && self.reuse_source(id) {
             return;
         }
         let bytes = self.size(id, backend);
@@ -381,13 +418,12 @@ impl Run<'_> {
         let tensor = self.graph.get(id);
         let runs_again = self.repeating && self.life(id).own;
         for source in tensor.sources() {
-            let (parent, life) = (self.graph.get(source), self.life(source));
+            let life = self.life(source);
             if life.allocated
                 && (life.own || !runs_again)
-                && !parent.is_output
                 && life.readers == 1
                 && life.views == 0
-                && tensor.same_layout(parent)
+                && tensor.same_layout(self.graph.get(source))
             {
                 self.take_over(id, source);
                 return true;

@@ -3,7 +3,7 @@
 use crate::gguf::GgmlType;
 use crate::model::Hyperparameters;
 
-use super::model::{GraphModel, Layer, Weight, find, hash_more, name_hash};
+use super::model::{GraphModel, Layer, Weight, find, joined_hash, name_hash};
 use super::ops::Graph;
 use super::reserve::{Batch, owns_cache};
 use super::tensor::{Storage, TensorId};
@@ -276,10 +276,11 @@ impl<'a> Builder<'a> {
     }
 
     fn layer_tensor(&mut self, name: &str, suffix: &str) -> TensorId {
-        let hash = hash_more(name_hash(name), suffix);
-        let found = self
-            .layer
-            .and_then(|layer| layer.weights.iter().position(|(known, _)| *known == hash));
+        let hash = match suffix {
+            "" => name_hash(name),
+            _ => joined_hash(name, suffix),
+        };
+        let found = self.layer.and_then(|layer| layer.place(hash));
         let Some((place, weight)) = found.and_then(|place| {
             let weight = self.layer?.weights.get(place)?.1;
             Some((place, weight))
@@ -317,7 +318,7 @@ impl<'a> Builder<'a> {
         if self.home == self.il {
             return self.layer_tensor(name, ".scale");
         }
-        let hash = hash_more(name_hash(name), ".scale");
+        let hash = joined_hash(name, ".scale");
         let own = self.model.layer(self.il);
         own.and_then(|layer| find(&layer.weights, hash))
             .map_or(NONE, |weight| {
@@ -340,9 +341,9 @@ impl<'a> Builder<'a> {
     }
 
     pub(super) fn has(&self, name: &str) -> bool {
-        let hash = hash_more(name_hash(name), ".weight");
+        let hash = joined_hash(name, ".weight");
         self.layer
-            .is_some_and(|layer| layer.weights.iter().any(|(known, _)| *known == hash))
+            .is_some_and(|layer| layer.place(hash).is_some())
     }
 
     fn shared(&mut self, name: &str, belongs: Belongs) -> TensorId {

@@ -46,6 +46,7 @@ const NOTHING: Tensor = Tensor {
     source_count: 0,
     view_of: TensorId::NONE,
     sources: [TensorId::NONE; MAX_SOURCES],
+    own_bytes: 0,
     ne: [0; 4],
     nb: [0; 4],
 };

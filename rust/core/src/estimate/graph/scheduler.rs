@@ -44,6 +44,12 @@ pub(super) struct Schedule {
     backend_of: Vec<u8>,
     copy_of: Vec<TensorId>,
     splits: Vec<Split>,
+    /// The nodes that are no views.
+    scheduled: Vec<TensorId>,
+    /// Some node runs elsewhere where devices take over operations on host weights.
+    offload_matters: bool,
+    /// The backends hold for the next graph to build, too.
+    assigned: bool,
     /// For every layer's beginning, how many nodes come before it.
     layer_starts: Vec<usize>,
     /// What was copied, and the (first) copy.
@@ -98,8 +104,11 @@ impl Schedule {
         self.rounds.clear();
         self.copied.clear();
         self.layer_starts.clear();
-        self.backend_of.clear();
-        self.backend_of.resize(graph.tensors.len(), UNASSIGNED);
+        let assigned = std::mem::take(&mut self.assigned);
+        if !assigned {
+            self.backend_of.clear();
+            self.backend_of.resize(graph.tensors.len(), UNASSIGNED);
+        }
         if backends.devices == 0 {
             self.nodes.extend(graph.nodes.iter().map(|node| (*node, 0)));
             self.leaves
@@ -108,7 +117,9 @@ impl Schedule {
                 .extend(graph.marks.iter().map(|mark| mark.nodes));
             return self.find_rounds(graph, backends);
         }
-        self.assign(graph, backends);
+        if !assigned {
+            self.assign(graph, backends);
+        }
         self.copy_of.clear();
         self.copy_of.resize(
             graph
@@ -122,7 +133,7 @@ impl Schedule {
         self.find_rounds(graph, backends)
     }
 
-    /// Whether every fused operation of a kind runs where its layer is (`llama_context::resolve_fused_ops`).
+    /// Whether every fused operation of a kind runs where its layer is (`llama_context::resolve_fused_ops`); if so, this graph is built next.
     pub(super) fn runs_at_home(&mut self, graph: &Graph, batch: &Batch<'_>, kind: Fused) -> bool {
         let mut fused = graph.fused.iter().filter(|(of, ..)| *of == kind).peekable();
         if fused.peek().is_none() {
@@ -138,7 +149,9 @@ impl Schedule {
                 ..batch.backends()
             },
         );
-        fused.all(|(_, id, il)| self.backend(*id) == batch.layer_backend(*il))
+        let at_home = fused.all(|(_, id, il)| self.backend(*id) == batch.layer_backend(*il));
+        self.assigned = at_home && !self.offload_matters;
+        at_home
     }
 
     fn find_rounds(&mut self, graph: &Graph, backends: Backends) -> bool {
@@ -248,25 +261,39 @@ impl Schedule {
 
     /// Passes 1 to 4.
     fn assign(&mut self, graph: &Graph, backends: Backends) {
-        for id in graph.leaves.iter().chain(&graph.nodes) {
-            self.set(*id, preferred(graph, *id, backends));
+        self.offload_matters = false;
+        let mut all_leaves_known = true;
+        for id in &graph.leaves {
+            let backend = self.preferred(graph, *id, backends);
+            all_leaves_known &= backend != UNASSIGNED;
+            self.set(*id, backend);
         }
-        let scheduled: Vec<TensorId> = graph
-            .nodes
-            .iter()
-            .copied()
-            .filter(|id| graph.get(*id).op != Op::View)
-            .collect();
-        self.spread(graph, backends, scheduled.iter().copied(), true);
-        self.spread(graph, backends, scheduled.iter().rev().copied(), true);
-        self.spread(graph, backends, scheduled.iter().copied(), false);
-        self.spread(graph, backends, scheduled.iter().rev().copied(), false);
-        for id in &scheduled {
-            if self.backend(*id) == UNASSIGNED {
-                self.set(*id, self.best_supplied(graph, *id, backends));
+        let mut scheduled = std::mem::take(&mut self.scheduled);
+        scheduled.clear();
+        for id in &graph.nodes {
+            let backend = self.preferred(graph, *id, backends);
+            self.set(*id, backend);
+            if graph.get(*id).op != Op::View {
+                scheduled.push(*id);
             }
         }
+        let forward = || scheduled.iter().copied();
+        let complete = self.spread(graph, backends, forward(), true)
+            || self.spread(graph, backends, forward().rev(), true)
+            || self.spread(graph, backends, forward(), false)
+            || self.spread(graph, backends, forward().rev(), false);
+        if !complete {
+            for id in &scheduled {
+                if self.backend(*id) == UNASSIGNED {
+                    self.set(*id, self.best_supplied(graph, *id, backends));
+                }
+            }
+        }
+        self.scheduled = scheduled;
         for id in &graph.nodes {
+            if all_leaves_known && self.backend(*id) != UNASSIGNED {
+                continue;
+            }
             let tensor = graph.get(*id);
             if tensor.is_view() && self.backend(*id) == UNASSIGNED {
                 self.set(*id, self.backend(tensor.view_of));
@@ -288,15 +315,51 @@ impl Schedule {
         }
     }
 
-    /// Pass 2: the backend of one node carries on to its unassigned neighbours; with `devices_only` the CPU does not.
+    /// Pass 1: where a tensor has to be, or wants to be for its weights' sake (`ggml_backend_sched_backend_id_from_cur`).
+    fn preferred(&mut self, graph: &Graph, id: TensorId, backends: Backends) -> u8 {
+        let tensor = graph.get(id);
+        let owner = if tensor.is_view() {
+            graph.get(tensor.view_of)
+        } else {
+            tensor
+        };
+        if let Some(backend) = owner.storage.backend() {
+            return backend;
+        }
+        if tensor.is_input {
+            return backends.cpu();
+        }
+        // the frequencies of a rope and the sinks of an attention are too small to decide
+        if matches!(tensor.op, Op::Rope | Op::FlashAttention) {
+            return UNASSIGNED;
+        }
+        for source in tensor.sources() {
+            let storage = graph.get(source).storage;
+            if let Storage::Repacked(backend) = storage {
+                return backend;
+            }
+            if let Storage::Weights(backend) = storage {
+                if backend != backends.cpu() || !super::cuda::offloads(tensor) {
+                    return backend;
+                }
+                self.offload_matters = true;
+                return if backends.offloads { 0 } else { backend };
+            }
+        }
+        UNASSIGNED
+    }
+
+    /// Pass 2: the backend of one node carries on to its unassigned neighbours; with `devices_only` the CPU does not. True when every
+    /// node has a backend.
     fn spread(
         &mut self,
         graph: &Graph,
         backends: Backends,
         nodes: impl Iterator<Item = TensorId>,
         devices_only: bool,
-    ) {
+    ) -> bool {
         let mut current = UNASSIGNED;
+        let mut complete = true;
         for id in nodes {
             let backend = self.backend(id);
             if backend != UNASSIGNED {
@@ -307,8 +370,11 @@ impl Schedule {
                 };
             } else if current != UNASSIGNED && backends.supports(current, graph, graph.get(id)) {
                 self.set(id, current);
+            } else {
+                complete = false;
             }
         }
+        complete
     }
 
     /// Pass 3 for what is left: the backend that can read most of the sources.
@@ -495,38 +561,6 @@ impl Schedule {
     }
 }
 
-/// Pass 1: where a tensor has to be, or wants to be for its weights' sake (`ggml_backend_sched_backend_id_from_cur`).
-fn preferred(graph: &Graph, id: TensorId, backends: Backends) -> u8 {
-    let tensor = graph.get(id);
-    let owner = if tensor.is_view() {
-        graph.get(tensor.view_of)
-    } else {
-        tensor
-    };
-    if let Some(backend) = owner.storage.backend() {
-        return backend;
-    }
-    if tensor.is_input {
-        return backends.cpu();
-    }
-    // the frequencies of a rope and the sinks of an attention are too small to decide
-    if matches!(tensor.op, Op::Rope | Op::FlashAttention) {
-        return UNASSIGNED;
-    }
-    for source in tensor.sources() {
-        let storage = graph.get(source).storage;
-        if let Storage::Repacked(backend) = storage {
-            return backend;
-        }
-        if let Storage::Weights(backend) = storage {
-            let offload =
-                backend == backends.cpu() && backends.offloads && super::cuda::offloads(tensor);
-            return if offload { 0 } else { backend };
-        }
-    }
-    UNASSIGNED
-}
-
 /// A weight from another backend starts a new split, so that the copies of earlier weights can be dropped.
 fn brings_foreign_weight(graph: &Graph, tensor: &Tensor, backend: u8) -> bool {
     tensor.sources().any(|source| matches!(graph.get(source).storage, Storage::Weights(home) | Storage::Repacked(home) if home != backend))
@@ -537,6 +571,7 @@ fn copy_of(graph: &mut Graph, id: TensorId, copies: usize) -> TensorId {
     let (ne, nb) = (source.ne, source.nb);
     let mut copy = Tensor::contiguous(Op::Leaf, source.element, ne);
     copy.nb = nb;
+    copy.own_bytes = copy.bytes();
     // pipelined copies must survive until the next batch has been read
     copy.is_input = copies > 1;
     copy.is_output = copies > 1;

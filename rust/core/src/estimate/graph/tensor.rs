@@ -14,7 +14,15 @@ pub(super) fn block_elements(element: GgmlType) -> i64 {
 
 /// Bytes of a row of `elements` (`ggml_row_size`).
 pub(super) fn row_bytes(element: GgmlType, elements: i64) -> i64 {
-    elements.saturating_mul(unit_bytes(element)) / block_elements(element)
+    per_block(elements.saturating_mul(unit_bytes(element)), element)
+}
+
+/// Divides by the elements of a block, which are few types' more than one.
+fn per_block(number: i64, element: GgmlType) -> i64 {
+    match block_elements(element) {
+        1 => number,
+        elements => number / elements,
+    }
 }
 
 /// A tensor of a [`Graph`](super::Graph), by its place in the arena.
@@ -86,7 +94,9 @@ impl Storage {
 /// The most sources an operation has of those that are built (`GGML_MAX_SRC` is 10).
 pub(super) const MAX_SOURCES: usize = 8;
 
+/// What the scheduler and the allocator ask for again and again lies in one cache line.
 #[derive(Clone, Debug)]
+#[repr(C, align(64))]
 pub(super) struct Tensor {
     pub(super) op: Op,
     pub(super) element: GgmlType,
@@ -97,6 +107,8 @@ pub(super) struct Tensor {
     pub(super) source_count: u8,
     pub(super) view_of: TensorId,
     pub(super) sources: [TensorId; MAX_SOURCES],
+    /// What [`bytes`](Self::bytes) says while it has a place of its own: strides change in views only.
+    pub(super) own_bytes: i64,
     /// Elements per dimension.
     pub(super) ne: [i64; 4],
     /// Bytes between neighbours, per dimension.
@@ -106,7 +118,8 @@ pub(super) struct Tensor {
 impl Tensor {
     /// A contiguous tensor, as `ggml_new_tensor_4d`.
     pub(super) fn contiguous(op: Op, element: GgmlType, ne: [i64; 4]) -> Self {
-        Self {
+        let nb = contiguous_strides(element, ne);
+        let mut tensor = Self {
             op,
             element,
             storage: Storage::Planned,
@@ -116,9 +129,18 @@ impl Tensor {
             source_count: 0,
             view_of: TensorId::NONE,
             sources: [TensorId::NONE; MAX_SOURCES],
+            own_bytes: 0,
             ne,
-            nb: contiguous_strides(element, ne),
-        }
+            nb,
+        };
+        tensor.own_bytes = if block_elements(element) == 1 {
+            let [.., n3] = ne;
+            let [.., b3] = nb;
+            b3.saturating_mul(n3).max(0)
+        } else {
+            tensor.bytes()
+        };
+        tensor
     }
 
     pub(super) fn sources(&self) -> impl Iterator<Item = TensorId> + '_ {
@@ -166,7 +188,7 @@ impl Tensor {
         let [n0, n1, n2, n3] = self.ne;
         let [b0, b1, b2, b3] = self.nb;
         let first = if self.element.is_quantized() {
-            n0.saturating_mul(b0) / block_elements(self.element)
+            per_block(n0.saturating_mul(b0), self.element)
         } else {
             unit_bytes(self.element).saturating_add((n0 - 1).saturating_mul(b0))
         };
@@ -181,7 +203,7 @@ impl Tensor {
 pub(super) fn contiguous_strides(element: GgmlType, ne: [i64; 4]) -> [i64; 4] {
     let [n0, n1, n2, _] = ne;
     let b0 = unit_bytes(element);
-    let b1 = b0.saturating_mul(n0 / block_elements(element));
+    let b1 = b0.saturating_mul(per_block(n0, element));
     let b2 = b1.saturating_mul(n1);
     [b0, b1, b2, b2.saturating_mul(n2)]
 }
