@@ -4,6 +4,7 @@
 #   make serve        serve the models in models/ (MODELS=DIR PORT=8080 HOST=… CONFIG=FILE)
 #   make test         cargo tests and pytest, with the real engine
 #   make check        formats, lints, types, stubs
+#   make fuzz         random bytes, option sets and GPUs for an hour or so (FUZZ_SECONDS=1200 for each target)
 #   make soak         a day of health checks in two minutes, while GPUs and servers fail
 #   make prove        a million random events against the scheduler (ARGS="OPERATIONS SEED")
 #   make contend      64 threads on one ledger for 30 s, in Rust and in Python
@@ -29,6 +30,9 @@ HOST ?= 127.0.0.1
 PORT ?= 8080
 CONFIG ?=
 ARGS ?=
+FUZZ_SECONDS ?= 1200
+# none runs several times as many inputs, address finds what Rust itself does not check
+FUZZ_SANITIZER ?= none
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH):$(HOME)/.cargo/bin
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
@@ -40,7 +44,7 @@ PIP := $(PY) -m pip install --quiet
 PINNED := --constraint constraints.txt
 RUST := Cargo.toml Cargo.lock pyproject.toml $(shell find rust -name target -prune -o \( -name '*.rs' -o -name Cargo.toml \) -print)
 
-.PHONY: help serve test test-rust test-python check soak prove contend bench bench-fallback wheel wheel-check lock clean toolchain
+.PHONY: help serve test test-rust test-python check fuzz soak prove contend bench bench-fallback wheel wheel-check lock clean toolchain
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
@@ -94,6 +98,17 @@ check: $(DONE)/debug $(DONE)/dev
 	ruff format --check .
 	mypy
 	$(PY) -m mypy.stubtest llama_gpu._core
+
+# cargo-fuzz wants flags of nightly compilers; this has stable ones take them.
+fuzz: export RUSTC_BOOTSTRAP := 1
+fuzz: | toolchain
+	@cargo fuzz --version >/dev/null 2>&1 || cargo install --locked --quiet cargo-fuzz
+	python3 rust/fuzz/make_seeds.py
+	@for target in $$(cargo fuzz list --fuzz-dir rust/fuzz); do \
+	  cargo fuzz run --fuzz-dir rust/fuzz --sanitizer $(FUZZ_SANITIZER) --no-trace-compares $$target -- \
+	    -max_total_time=$(FUZZ_SECONDS) -timeout=20 -max_len=4096 -len_control=0 -print_final_stats=1 \
+	    -malloc_limit_mb=64 -rss_limit_mb=$(if $(filter none,$(FUZZ_SANITIZER)),64,1024); \
+	done
 
 soak: $(DONE)/release $(DONE)/dev
 	PYTHONPATH=tests $(PY) -m support.soak $(ARGS)

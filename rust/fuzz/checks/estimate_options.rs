@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::Path;
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 
 use llama_gpu_core::estimate::{
     Backend, CpuMoe, EstimateError, EstimateOptions, FlashAttention, estimate, layer_costs,
@@ -15,15 +15,22 @@ use super::numbers::Numbers;
 /// Larger headers are vocabularies, which no estimate reads.
 const LARGEST_HEADER: usize = 64 << 10;
 
-/// The carried headers of small models.
-static HEADERS: LazyLock<Vec<Vec<u8>>> = LazyLock::new(|| {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/data/ground_truth/headers");
+/// The carried headers of small models, and what is known of them.
+static MODELS: LazyLock<Vec<(Vec<u8>, Arc<ModelFacts>)>> = LazyLock::new(|| {
+    let folder =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/data/ground_truth/headers");
     let mut files: Vec<_> = fs::read_dir(folder)
         .expect("the carried headers")
         .map(|entry| entry.expect("a carried header").path())
         .collect();
     files.sort();
-    files.iter().filter_map(|file| small_header(file)).collect()
+    let headers = files.iter().filter_map(|file| small_header(file));
+    headers
+        .map(|header| {
+            let facts = facts_of(&header).expect("a carried header is a model's");
+            (header, Arc::new(facts))
+        })
+        .collect()
 });
 
 fn small_header(file: &Path) -> Option<Vec<u8>> {
@@ -42,21 +49,32 @@ pub(crate) fn check(input: &[u8]) {
     let Some(facts) = facts(&mut numbers) else {
         return;
     };
-    for _ in 0..=numbers.below(4) {
-        check_options(&facts, &options(&mut numbers, facts.trained_context_length()));
+    for _ in 0..=numbers.below(16) {
+        check_options(
+            &facts,
+            &options(&mut numbers, facts.trained_context_length()),
+        );
     }
 }
 
 /// A carried model, as a rule with some bytes of its header changed.
-fn facts(numbers: &mut Numbers<'_>) -> Option<ModelFacts> {
-    let model = usize::from(numbers.byte()) % HEADERS.len();
-    let mut bytes = HEADERS[model].clone();
-    for _ in 0..numbers.below(4) {
+fn facts(numbers: &mut Numbers<'_>) -> Option<Arc<ModelFacts>> {
+    let (header, facts) = &MODELS[usize::from(numbers.byte()) % MODELS.len()];
+    let changes = numbers.below(4);
+    if changes == 0 {
+        return Some(Arc::clone(facts));
+    }
+    let mut bytes = header.clone();
+    for _ in 0..changes {
         let place = usize::from(numbers.byte()) << 8 | usize::from(numbers.byte());
         let place = place % bytes.len();
         bytes[place] = numbers.byte();
     }
-    let parsed = parse(&bytes, 1 << 50).ok()?;
+    facts_of(&bytes).map(Arc::new)
+}
+
+fn facts_of(bytes: &[u8]) -> Option<ModelFacts> {
+    let parsed = parse(bytes, 1 << 50).ok()?;
     let header = Header {
         version: parsed.version,
         byte_order: parsed.byte_order,
@@ -86,15 +104,20 @@ fn options(numbers: &mut Numbers<'_>, trained: u32) -> EstimateOptions {
         kv_unified: numbers.flag(),
         batch: [2048, 512, numbers.option()][usize::from(numbers.below(3))],
         micro_batch: [512, 64, numbers.option()][usize::from(numbers.below(3))],
-        flash_attention: [FlashAttention::Auto, FlashAttention::On, FlashAttention::Off]
-            [usize::from(numbers.below(3))],
+        flash_attention: [
+            FlashAttention::Auto,
+            FlashAttention::On,
+            FlashAttention::Off,
+        ][usize::from(numbers.below(3))],
         cache_type_k: CACHES[usize::from(numbers.below(6))],
         cache_type_v: CACHES[usize::from(numbers.below(6))],
         gpu_layers: numbers.flag().then(|| u32::from(numbers.byte())),
         devices,
-        tensor_split: numbers
-            .flag()
-            .then(|| (0..devices).map(|_| f32::from(numbers.byte()) / 16.0).collect()),
+        tensor_split: numbers.flag().then(|| {
+            (0..devices)
+                .map(|_| f32::from(numbers.byte()) / 16.0)
+                .collect()
+        }),
         cpu_moe_layers: match numbers.below(3) {
             0 => CpuMoe::None,
             1 => CpuMoe::All,

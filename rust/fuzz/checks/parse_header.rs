@@ -24,7 +24,10 @@ fn check_as_part_of(bytes: &[u8], file_bytes: u64) {
             for tensor in &header.tensors {
                 let end = header.data_offset + tensor.offset + tensor.bytes;
                 assert!(end <= file_bytes);
-                assert_eq!(tensor.row_bytes().checked_mul(tensor.rows()), Some(tensor.bytes));
+                assert_eq!(
+                    tensor.row_bytes().checked_mul(tensor.rows()),
+                    Some(tensor.bytes)
+                );
             }
         }
         Err(error) => {
@@ -35,5 +38,8 @@ fn check_as_part_of(bytes: &[u8], file_bytes: u64) {
 }
 
 fn decoded(items: &Items) -> usize {
-    items.iter().filter(|value| !matches!(value, Value::Array(_))).count()
+    items
+        .iter()
+        .filter(|value| !matches!(value, Value::Array(_)))
+        .count()
 }

@@ -32,8 +32,7 @@ impl BufferRules {
             return super::cuda::flash_attention_bytes(graph, tensor, bytes);
         }
         if tensor.element.is_quantized() {
-            return bytes
-                .saturating_add(super::cuda::row_padding_bytes(tensor.element, tensor.ne));
+            return bytes.saturating_add(super::cuda::row_padding_bytes(tensor.element, tensor.ne));
         }
         bytes
     }
@@ -245,14 +244,17 @@ impl Run<'_> {
         }
         // only the last run reads what other layers read too: until then it must stay
         self.repeating = true;
-        let mut seen = Vec::new();
+        let mut seen = Vec::with_capacity(4);
+        if first.len() == own.len() {
+            seen.push(self.handover(handed.iter().map(|(before, ..)| *before)));
+        }
         let mut left = round.more;
         let mut steps = &first;
         while left > 0 {
             self.steps(steps);
             steps = &own;
             left -= 1;
-            let now = self.handover(&handed);
+            let now = self.handover(handed.iter().map(|(_, id, _)| *id));
             if let Some(position) = seen.iter().rposition(|earlier| *earlier == now) {
                 left %= seen.len() - position;
                 seen.clear();
@@ -281,7 +283,7 @@ impl Run<'_> {
         self.steps(&last);
     }
 
-    fn handover(&self, handed: &[(TensorId, TensorId, Lifetime)]) -> Handover {
+    fn handover(&self, handed: impl Iterator<Item = TensorId>) -> Handover {
         Handover {
             free: self
                 .buffers
@@ -289,8 +291,7 @@ impl Run<'_> {
                 .flat_map(|buffer| buffer.free.iter().copied())
                 .collect(),
             places: handed
-                .iter()
-                .map(|(_, id, _)| (self.life(*id).buffer, self.life(*id).offset))
+                .map(|id| (self.life(id).buffer, self.life(id).offset))
                 .collect(),
         }
     }

@@ -342,8 +342,7 @@ impl<'a> Builder<'a> {
 
     pub(super) fn has(&self, name: &str) -> bool {
         let hash = joined_hash(name, ".weight");
-        self.layer
-            .is_some_and(|layer| layer.place(hash).is_some())
+        self.layer.is_some_and(|layer| layer.place(hash).is_some())
     }
 
     fn shared(&mut self, name: &str, belongs: Belongs) -> TensorId {

@@ -134,10 +134,12 @@ pub(super) fn joined_hash(stem: &str, suffix: &str) -> u64 {
 #[inline]
 fn bytes_hash(text: &str) -> u64 {
     let (words, rest) = text.as_bytes().as_chunks::<8>();
-    let last = rest.iter().fold(1, |word, byte| word << 8 | u64::from(*byte));
-    words
+    let last = rest
         .iter()
-        .fold(mixed(last), |hash, word| mixed(hash ^ u64::from_le_bytes(*word)))
+        .fold(1, |word, byte| word << 8 | u64::from(*byte));
+    words.iter().fold(mixed(last), |hash, word| {
+        mixed(hash ^ u64::from_le_bytes(*word))
+    })
 }
 
 #[inline]
