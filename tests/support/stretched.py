@@ -1,0 +1,73 @@
+"""The carried small models at the depth of large ones, for what depends on the number of layers."""
+
+from __future__ import annotations
+
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+import gguf
+
+import llama_gpu as lg
+
+from .gguf_bytes import ARRAY, BOOL, STRING, U32, Entry, TensorEntry, gguf_bytes, text
+
+I32, F32 = 5, 6
+
+
+def write_stretched(header: lg.Header, path: Path, layers: int) -> Path:
+    """``header`` with ``layers`` layers: those behind the leading dense ones again and again, without a vocabulary."""
+    architecture = header.architecture
+
+    def number(key: str) -> int:
+        value = header.metadata.get(f"{architecture}.{key}", 0)
+        return value if isinstance(value, int) else 0
+
+    have, leading = number("block_count"), number("leading_dense_block_count")
+    tail = number("nextn_predict_layers")
+    body = range(leading, have - tail) or range(have)
+    first, last = body.start, layers - (have - body.stop)
+    order = [*range(first), *(body[index % len(body)] for index in range(last - first)), *range(body.stop, have)]
+
+    entries: list[Entry] = []
+    for key, value in header.metadata.items():
+        if key == f"{architecture}.block_count":
+            entries.append((key, *encoded(layers)))
+        elif isinstance(value, tuple) and len(value) == have:
+            entries.append((key, *encoded(tuple(value[index] for index in order))))
+        elif isinstance(value, str | int | float) or (isinstance(value, tuple) and 0 < len(value) <= 8):
+            entries.append((key, *encoded(value)))
+
+    by_layer: dict[int, list[lg.Tensor]] = {}
+    for tensor in header.tensors:
+        match = re.match(r"blk\.(\d+)\.", tensor.name)
+        by_layer.setdefault(int(match[1]) if match else -1, []).append(tensor)
+    named = [(tensor.name, tensor) for tensor in by_layer[-1]]
+    for place, index in enumerate(order):
+        named += [(re.sub(r"\d+", str(place), one.name, count=1), one) for one in by_layer.get(index, [])]
+    tensors: list[TensorEntry] = []
+    offset = 0
+    for name, tensor in named:
+        tensors.append((name, tensor.shape, gguf.GGMLQuantizationType[tensor.type], offset))
+        offset += tensor.bytes + -tensor.bytes % 32
+    path.write_bytes(gguf_bytes(entries, tensors))
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size + offset)
+    return path
+
+
+def encoded(value: Any) -> tuple[int, bytes]:
+    """A value type and the value's bytes."""
+    if isinstance(value, bool):
+        return BOOL, bytes([value])
+    if isinstance(value, int):
+        return (U32, struct.pack("<I", value)) if value >= 0 else (I32, struct.pack("<i", value))
+    if isinstance(value, float):
+        return F32, struct.pack("<f", value)
+    if isinstance(value, str):
+        return STRING, text(value)
+    parts = [encoded(item) for item in value]
+    kinds = {kind for kind, _ in parts}
+    kind = kinds.pop() if len(kinds) == 1 else I32
+    return ARRAY, struct.pack("<IQ", kind, len(parts)) + b"".join(data for _, data in parts)
