@@ -89,7 +89,9 @@ def test_estimate_by_architecture(benchmark, capsys, times):
     everything = [one for row in times.values() for one in row["cases"]]
     benchmark.pedantic(lambda: median(everything), rounds=1)
     with capsys.disabled():
-        print(f"\nestimate from a header, µs     default, {REAL_LAYERS} layers    carried cases: median   worst")
+        print(
+            f"\nestimate from a header, µs     default, {REAL_LAYERS} layers    carried cases: median   worst"
+        )
         for name, row in sorted(times.items()):
             print(f"{name:30} {max(row['deep']):18.1f} {median(row['cases']):23.1f} {max(row['cases']):7.1f}")
         ordered = sorted(everything)

@@ -17,7 +17,10 @@ I32, F32 = 5, 6
 
 
 def write_stretched(header: lg.Header, path: Path, layers: int) -> Path:
-    """``header`` with ``layers`` layers: those behind the leading dense ones again and again, without a vocabulary."""
+    """``header`` with ``layers`` layers, without a vocabulary.
+
+    The layers behind the leading dense ones come again and again.
+    """
     architecture = header.architecture
 
     def number(key: str) -> int:
@@ -28,7 +31,11 @@ def write_stretched(header: lg.Header, path: Path, layers: int) -> Path:
     tail = number("nextn_predict_layers")
     body = range(leading, have - tail) or range(have)
     first, last = body.start, layers - (have - body.stop)
-    order = [*range(first), *(body[index % len(body)] for index in range(last - first)), *range(body.stop, have)]
+    order = [
+        *range(first),
+        *(body[index % len(body)] for index in range(last - first)),
+        *range(body.stop, have),
+    ]
 
     entries: list[Entry] = []
     for key, value in header.metadata.items():

@@ -6,6 +6,7 @@
     clippy::unwrap_used,
     clippy::indexing_slicing,
     clippy::arithmetic_side_effects,
+    clippy::print_stdout,
     missing_docs
 )]
 #![allow(
@@ -21,7 +22,7 @@ use std::env;
 use std::fs;
 use std::hint::black_box;
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use gguf_bytes::sample;
@@ -70,6 +71,25 @@ fn measure(criterion: &mut Criterion, name: &str, path: &Path) {
         run.iter(|| cache.get(black_box(path), now).unwrap())
     });
     group.finish();
+    let ratio = ratio(
+        || drop(read_header(black_box(path)).unwrap()),
+        || drop(black_box(read_and_walk(black_box(path), &lists))),
+    );
+    println!("{name}: read_header takes {ratio:.2} times the bare walk and read\n");
+}
+
+/// How many times as long the first takes as the second, by medians; they take turns.
+fn ratio(first: impl Fn(), second: impl Fn()) -> f64 {
+    let time = |call: &dyn Fn()| {
+        let start = Instant::now();
+        call();
+        start.elapsed().as_secs_f64()
+    };
+    let (mut ones, mut twos): (Vec<f64>, Vec<f64>) =
+        (0..301).map(|_| (time(&first), time(&second))).unzip();
+    ones.sort_by(f64::total_cmp);
+    twos.sort_by(f64::total_cmp);
+    ones[150] / twos[150]
 }
 
 fn headers(criterion: &mut Criterion) {
