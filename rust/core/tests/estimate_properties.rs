@@ -10,8 +10,8 @@
 mod support;
 
 use llama_gpu_core::estimate::{
-    Backend, Basis, CpuMoe, EstimateError, EstimateOptions, FlashAttention, MemoryEstimate,
-    estimate, layer_costs, layer_devices,
+    Backend, Basis, CpuMoe, DeviceMemory, EstimateError, EstimateOptions, FlashAttention,
+    MemoryEstimate, estimate, layer_costs, layer_devices,
 };
 use llama_gpu_core::gguf::GgmlType;
 use llama_gpu_core::model::ModelFacts;
@@ -104,6 +104,14 @@ fn contexts(estimate: &MemoryEstimate) -> Vec<u64> {
     devices.chain([estimate.host.context_bytes]).collect()
 }
 
+fn totals(estimate: &MemoryEstimate) -> Vec<u64> {
+    estimate
+        .devices
+        .iter()
+        .map(DeviceMemory::total_bytes)
+        .collect()
+}
+
 fn never_lower(before: &[u64], after: &[u64]) -> bool {
     before
         .iter()
@@ -156,6 +164,43 @@ proptest! {
         let options = EstimateOptions { context_length: options.context_length.max(1), ..options };
         if let (Some(before), Some(after)) = (try_estimate(&facts, &options), try_estimate(&facts, &longer)) {
             prop_assert!(never_lower(&contexts(&before), &contexts(&after)));
+        }
+    }
+
+    #[test]
+    fn a_longer_context_never_lowers_what_a_device_takes(
+        shape in shapes(), options in options(), more in 1_u32..100_000,
+    ) {
+        let facts = shape.facts();
+        // from one micro-batch on: a shorter context makes the batch smaller
+        let shorter = EstimateOptions { context_length: options.context_length.max(4096), ..options };
+        let longer = EstimateOptions { context_length: shorter.context_length + more, ..shorter.clone() };
+        if let (Some(before), Some(after)) = (try_estimate(&facts, &shorter), try_estimate(&facts, &longer)) {
+            prop_assert!(never_lower(&totals(&before), &totals(&after)), "{before:?} {after:?}");
+        }
+    }
+
+    #[test]
+    fn more_slots_never_lower_the_caches(
+        shape in shapes(), options in options(), more in 1_u32..8,
+    ) {
+        let facts = shape.facts();
+        // shares are rounded up, so that only whole multiples compare
+        let few = EstimateOptions { context_length: 4096 * options.parallel, ..options };
+        let parallel = few.parallel + more;
+        let many = EstimateOptions { context_length: 4096 * parallel, parallel, ..few.clone() };
+        if let (Some(before), Some(after)) = (try_estimate(&facts, &few), try_estimate(&facts, &many)) {
+            prop_assert!(never_lower(&contexts(&before), &contexts(&after)));
+        }
+    }
+
+    #[test]
+    fn a_device_without_layers_takes_no_weights_and_no_cache(shape in shapes(), options in options()) {
+        let facts = shape.facts();
+        if let Some(estimate) = try_estimate(&facts, &options) {
+            for device in estimate.devices.iter().filter(|device| device.layers == 0) {
+                prop_assert_eq!((device.weights_bytes, device.context_bytes), (0, 0));
+            }
         }
     }
 
