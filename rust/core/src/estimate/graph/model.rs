@@ -292,5 +292,9 @@ fn layer_of(name: &str) -> Option<(usize, u64)> {
     };
     let (number, rest) = name.strip_prefix("blk.")?.split_once('.')?;
     let il = number.parse().ok().filter(|il| *il < MOST_LAYERS)?;
-    Some((il, hash_more(name_hash(prefix), rest)))
+    let hash = match prefix {
+        "" => name_hash(rest),
+        _ => name_hash(&format!("{prefix}{rest}")),
+    };
+    Some((il, hash))
 }
