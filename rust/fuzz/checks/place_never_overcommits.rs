@@ -67,7 +67,7 @@ pub(crate) fn check(input: &[u8]) {
             pinned: numbers.below(4) == 0,
             idle_seconds: f64::from(numbers.byte()) - 8.0,
             priority: i32::from(numbers.below(3)) - 1,
-            reload_seconds: None,
+            ..Running::default()
         })
         .collect();
     let policy = Policy {
