@@ -91,6 +91,10 @@ fn plan(
     may_do_without: bool,
 ) -> Option<ComputeBytes> {
     let exact = families::build(&mut w.graph, facts, &batch)?;
+    debug_assert!(
+        w.graph.repeats.is_empty() || !w.graph.has_blanks_in_layers(),
+        "layers with blanks are built one and all: Builder::every_layer"
+    );
     let asks = may_do_without && batch.may_stray(&facts.hyperparameters);
     if asks && !w.schedule.runs_at_home(&w.graph, &batch, Fused::Attention) {
         batch.flash_attention = false;
