@@ -170,7 +170,7 @@ def test_health_with_a_busy_server_satisfies_the_published_schema(proxy: Proxy) 
 def test_the_document_names_our_routes_and_the_page_shows_them_without_the_internet(proxy: Proxy) -> None:
     document = proxy.get("/openapi.json")
     assert set(document["paths"]) == {
-        "/health", "/v1/models", "/v1/models/{id}", "/api/gpus", "/api/events", "/metrics",
+        "/health", "/v1/models", "/v1/models/{id}", "/api/gpus", "/api/plan", "/api/events", "/metrics",
     }  # fmt: skip
     health = document["components"]["schemas"]["GpuHealth"]["properties"]
     assert health["id"]["minimum"] == 0

@@ -73,12 +73,14 @@ class PlannedPlace(BaseModel):
 
 
 class PlanRefusal(BaseModel):
-    """Why a model would go nowhere, and what would help."""
+    """Why a model would go nowhere, what would help, and what it would give up in vain."""
 
     message: str
     required_bytes: Bytes | None
     free_bytes_by_gpu: dict[str, Bytes]
+    short_by_bytes: Bytes
     smallest_change: str | None
+    degradations_tried: list[str]
 
 
 class PlannedModel(BaseModel):
@@ -282,7 +284,9 @@ def _refusal(error: DoesNotFitError) -> PlanRefusal:
         message=str(error),
         required_bytes=error.required_bytes,
         free_bytes_by_gpu=dict(error.free_bytes_by_gpu or {}),
+        short_by_bytes=error.short_by_bytes,
         smallest_change=error.smallest_change,
+        degradations_tried=list(error.degradations_tried),
     )
 
 
