@@ -23,7 +23,7 @@ def test_a_plan_is_worth_nearly_what_the_best_is(models: list[lg.Header], may_sp
     reached = []
     for seed in range(QUESTIONS):
         asked = question(seed, models, may_split=may_split)
-        best = best_worth(asked, seconds=0.5)
+        best = best_worth(asked, effort=0.5)
         worth = asked.worth_of(asked.plan())
         assert worth <= best, "the solver knows no better than this"
         reached.append(worth / best if best else 1.0)

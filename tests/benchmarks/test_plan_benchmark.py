@@ -30,7 +30,7 @@ def test_plan(
         began = time.perf_counter()
         plan = asked.plan()
         seconds.append(time.perf_counter() - began)
-        best = best_worth(asked, seconds=5)
+        best = best_worth(asked, effort=5)
         reached.append(asked.worth_of(plan) / best if best else 1.0)
     largest = question(max(range(QUESTIONS), key=seconds.__getitem__), models, may_split=may_split)
     benchmark.pedantic(largest.plan, rounds=20, warmup_rounds=2)

@@ -110,8 +110,8 @@ def question(seed: int, models: Sequence[lg.Header], *, may_split: bool) -> Ques
     return Question(gpus, asked, needs, allowed, lg.Policy(max_gpus=None if may_split else 1))
 
 
-def best_worth(asked: Question, *, seconds: float) -> int:
-    """What the best plan is worth at the most: the optimum, or, out of time, the bound on it.
+def best_worth(asked: Question, *, effort: float) -> int:
+    """What the best plan is worth at the most: the optimum, or, out of ``effort``, the bound on it.
 
     In whole MiB, models rounded down and GPUs rounded up, which the solver is much faster with.
     """
@@ -142,7 +142,8 @@ def best_worth(asked: Question, *, seconds: float) -> int:
         solver_model.add(sum(held[gpu]) <= most)
     solver_model.maximize(sum(one * worth for one, worth in zip(taken, asked.worths, strict=True)))
     solver = cp_model.CpSolver()
-    solver.parameters.max_time_in_seconds = seconds
+    # The solver's own measure of work, some seconds' worth: a busy machine changes no answer.
+    solver.parameters.max_deterministic_time = effort
     solver.parameters.num_workers = 1
     status = solver.solve(solver_model)
     return round(solver.objective_value if status == cp_model.OPTIMAL else solver.best_objective_bound)

@@ -187,11 +187,11 @@ fn who_would_leave_is_named_with_the_cost_and_who_may_not_with_the_reason() {
     assert_eq!(found.answer.as_ref().unwrap().evict, ["cheap"]);
     assert_eq!(
         reasons(&found, Step::OneEvicting, Outcome::Taken),
-        ["GPU 0 alone without cheap: has room at the least cost"]
+        ["GPU 0 alone without cheap: has room at the least cost (3.8 s of reloading)"]
     );
     assert_eq!(
         reasons(&found, Step::OneEvicting, Outcome::Fits),
-        ["GPU 1 alone without dear: has room, but more would be lost by evicting"]
+        ["GPU 1 alone without dear: has room, but more would be lost (600.0 s of reloading)"]
     );
     let taken = found
         .alternatives

@@ -126,10 +126,13 @@ impl<G: Borrow<Gpu>> Listing<'_, G> {
         let best = fitting.iter().find(|one| same_gpus(&one.decision, &taken));
         let best = best.map(|one| (one.cost, one.rank));
         let suits = match step {
-            Step::OneEvicting | Step::SeveralEvicting => "has room at the least cost",
-            _ => "has room and suits best",
+            Step::OneEvicting | Step::SeveralEvicting => {
+                let cost = seconds(self.cost_of(&taken));
+                format!("has room at the least cost ({cost} of reloading)")
+            }
+            _ => "has room and suits best".to_owned(),
         };
-        self.push(&taken, Outcome::Taken, suits);
+        self.push(&taken, Outcome::Taken, &suits);
         for one in fitting {
             if same_gpus(&one.decision, &taken) {
                 continue;
@@ -148,7 +151,7 @@ impl<G: Borrow<Gpu>> Listing<'_, G> {
             return "another suits better".to_owned();
         };
         if one.cost > cost {
-            return "more would be lost by evicting".to_owned();
+            return format!("more would be lost ({} of reloading)", seconds(one.cost));
         }
         if one.rank.0 > rank.0 {
             let avoided = one
@@ -253,6 +256,12 @@ impl<G: Borrow<Gpu>> Listing<'_, G> {
             }
         }
     }
+}
+
+/// What evicting costs, as a person reads it: it is an expectation in microseconds.
+fn seconds(cost: u64) -> String {
+    let tenths = cost.div_ceil(100_000);
+    format!("{}.{} s", tenths / 10, tenths % 10)
 }
 
 pub(super) fn why_it_stays(model: &Running, policy: &Policy) -> Option<String> {
