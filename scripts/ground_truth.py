@@ -7,6 +7,11 @@ RPC servers on loopback, so that no GPU is needed. Every case that the project c
 is asked again; the table says how far the estimates are from the answers. `--write` puts the answers in place
 of the carried ones. Weights on the host depend on this machine's CPU (what it repacks); they are kept as
 carried unless `--host` is given.
+
+    scripts/ground_truth.py --source LLAMA_CPP --build LLAMA_CPP/build --unseen 2 [--seed 7] [ARCHITECTURE]
+
+asks about models and options that are not carried: so many random tiny models of every architecture, with
+random options.
 """
 
 from __future__ import annotations
@@ -27,6 +32,8 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
+import unseen  # noqa: E402
+
 from support import accuracy, ground_truth  # noqa: E402
 
 if TYPE_CHECKING:
@@ -34,16 +41,20 @@ if TYPE_CHECKING:
 
 MAX_DEVICES = 4
 START_SECONDS = 10
+# Of each model that is not carried.
+CASES_PER_MODEL = 8
 
 
-def build_tool(source: Path, build: Path, folder: Path) -> Path:
-    """The program that prints llama.cpp's projection in bytes."""
-    tool = folder / "ground_truth"
+def build_tool(name: str, source: Path, build: Path, folder: Path) -> Path:
+    """``ground_truth`` prints llama.cpp's projection in bytes, ``tiny_models`` writes models."""
+    tool = folder / name
     libraries = build / "bin"
     include = [f"-I{source / part}" for part in ("common", "include", "src", "ggml/include", "vendor")]
     link = [f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-lllama-common", "-lllama", "-lggml", "-lggml-base"]
-    code = ROOT / "scripts" / "ground_truth.cpp"
-    subprocess.run(["c++", "-std=c++17", "-O1", *include, str(code), "-o", str(tool), *link], check=True)
+    code = ROOT / "scripts" / f"{name}.cpp"
+    subprocess.run(
+        ["c++", "-std=c++17", "-O1", "-w", *include, str(code), "-o", str(tool), *link], check=True
+    )
     return tool
 
 
@@ -102,6 +113,19 @@ def answered(case: ground_truth.Case, answer: dict[str, object], *, host: bool) 
     return replace(case, sizes=tuple(sizes))
 
 
+def ask_unseen(
+    tool: Path, makes_models: Path, addresses: Sequence[str], folder: Path, chosen: argparse.Namespace
+) -> list[accuracy.Row]:
+    """Random models with random options."""
+    rows: list[accuracy.Row] = []
+    for path, layers in unseen.make_models(makes_models, folder, chosen.unseen, chosen.seed, chosen.models):
+        cases = unseen.cases(path, layers, CASES_PER_MODEL, chosen.seed)
+        answers = ask(tool, addresses, path, cases)
+        new = [answered(*pair, host=True) for pair in zip(cases, answers, strict=True)]
+        rows += accuracy.rows_of(path, [case for case in new if case is not None])
+    return rows
+
+
 def main() -> int:
     """Ask, compare, and write if told to."""
     parser = argparse.ArgumentParser(
@@ -111,7 +135,9 @@ def main() -> int:
     parser.add_argument("--build", type=Path, required=True, help="its build folder")
     parser.add_argument("--write", action="store_true", help="put the answers in place of the carried ones")
     parser.add_argument("--host", action="store_true", help="take this machine's host weights as well")
-    parser.add_argument("models", nargs="*", help="only these models")
+    parser.add_argument("--unseen", type=int, default=0, help="so many random models of every architecture")
+    parser.add_argument("--seed", type=int, default=1, help="of the random models and options")
+    parser.add_argument("models", nargs="*", help="only these models, or unseen architectures")
     chosen = parser.parse_args()
 
     rows: list[accuracy.Row] = []
@@ -119,9 +145,13 @@ def main() -> int:
     refused = 0
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        tool = build_tool(chosen.source.resolve(), chosen.build.resolve(), folder)
+        parts = (chosen.source.resolve(), chosen.build.resolve(), folder)
+        tool = build_tool("ground_truth", *parts)
         addresses = [start_device(chosen.build.resolve(), stack) for _ in range(MAX_DEVICES)]
-        for model in chosen.models or ground_truth.model_names():
+        if chosen.unseen:
+            makes_models = build_tool("tiny_models", *parts)
+            rows = ask_unseen(tool, makes_models, addresses, folder, chosen)
+        for model in [] if chosen.unseen else chosen.models or ground_truth.model_names():
             path = ground_truth.write_model(model, folder)
             cases = [case for case in ground_truth.cases(model) if case.backend == "generic"]
             answers = ask(tool, addresses, path, cases)
@@ -136,6 +166,9 @@ def main() -> int:
     print(accuracy.table(rows))
     if refused:
         print(f"{refused} cases were refused by this llama.cpp")
+    for row in rows if chosen.unseen else []:
+        if row.compute_error:
+            print(row)
     if chosen.write:
         text = json.dumps(table, separators=(",", ":"), sort_keys=True)
         (ground_truth.HERE / "cases.json.xz").write_bytes(lzma.compress(text.encode(), preset=9))
