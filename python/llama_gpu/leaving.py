@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 
 from llama_gpu.budget import Claim
 from llama_gpu.errors import DoesNotFitError
@@ -32,16 +33,15 @@ class Leavers:
         now: float,
     ) -> None:
         self.residents = residents
-        self._rules = rules
+        self._rules = rules = cache(rules)
         self._load_seconds = load_seconds
         self._popularity = popularity
         self._now = now
         self._awaited = {server for resident in residents.values() for server in resident.waits_for}
-        models = dict.fromkeys(resident.model for resident in residents.values())
         self._extra = {
             extra.server
-            for model in models
-            for extra in extra_servers(in_service(residents.values(), model), rules(model))
+            for model, servers in in_service(residents.values()).items()
+            for extra in extra_servers(servers, rules(model))
         }
 
     def pinned(self, resident: Resident) -> bool:
@@ -94,7 +94,7 @@ class Leavers:
     def claims(self) -> list[Claim]:
         """Every resident's claim; what others are promised already is marked."""
         return [
-            replace(resident.claim, awaited=resident.server in self._awaited)
+            replace(resident.claim, awaited=True) if resident.server in self._awaited else resident.claim
             for resident in self.residents.values()
         ]
 

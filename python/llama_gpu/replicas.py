@@ -10,10 +10,14 @@ from llama_gpu.rules import Rules
 __all__ = ["extra_servers", "free_id", "in_service", "wants_another"]
 
 
-def in_service(residents: Iterable[Resident], model: str | None = None) -> list[Resident]:
-    """Servers of ``model`` (or of all) that load or take requests, the oldest first."""
+def in_service(residents: Iterable[Resident]) -> dict[str, list[Resident]]:
+    """By model, its servers that load or take requests, the oldest first."""
     serve = (ResidentState.LOADING, ResidentState.READY)
-    return [r for r in residents if model in (None, r.model) and r.state in serve and not r.draining]
+    found: dict[str, list[Resident]] = {}
+    for resident in residents:
+        if resident.state in serve and not resident.draining:
+            found.setdefault(resident.model, []).append(resident)
+    return found
 
 
 def wants_another(servers: Sequence[Resident], waiting: int, rules: Rules) -> bool:

@@ -325,17 +325,16 @@ class Scheduler:
 
     def _add_replicas(self, now: float) -> list[Effect]:
         """Further servers of models that are asked for, where room is free: nobody leaves for one."""
-        models = dict.fromkeys(resident.model for resident in self._in_service())
+        models = in_service(self._residents.values())
         if any(model not in models for model in self._waiting.since()):
             return []  # what is free is for those who have none
-        leavers = self._leavers(now)
         effects: list[Effect] = []
-        for model in models:
-            servers = self._in_service(model)
-            if len(servers) < len(self.servers_of(model)) or now < self._no_replica_before.get(model, now):
-                continue
+        for model, servers in models.items():
             if not wants_another(servers, self._waiting.count(model), self._rules(model)):
                 continue
+            if len(servers) < len(self.servers_of(model)) or now < self._no_replica_before.get(model, now):
+                continue
+            leavers = self._leavers(now)
             views = leavers.views(model, lambda _nobody: False)
             try:
                 assignment = self._placer(model, views, leavers.claims())
@@ -393,8 +392,8 @@ class Scheduler:
 
     # -- questions ---------------------------------------------------------------------------
 
-    def _in_service(self, model: str | None = None) -> list[Resident]:
-        return in_service(self._residents.values(), model)
+    def _in_service(self, model: str) -> list[Resident]:
+        return in_service(self.servers_of(model)).get(model, [])
 
     def _leavers(self, now: float) -> Leavers:
         return Leavers(self._residents, self._rules, self._load_times.measured, self._popularity, now)

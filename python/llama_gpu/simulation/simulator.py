@@ -59,7 +59,7 @@ class _Run:
         self._servers = SimulatedServers(player.capacity_bytes)
         self._heap: list[tuple[float, int, int, Any]] = []
         self._numbers = count()
-        self._waiting: dict[int, tuple[float, float]] = {}
+        self._waiting: dict[int, tuple[str, float, float]] = {}
         self._ticking = False
         self._waits = array("d")
         self._loads_at = array("d")
@@ -78,7 +78,7 @@ class _Run:
             if request is not None and (not heap or request.time_seconds <= heap[0][0]):
                 now, model, duration = request
                 ticket += 1
-                waiting[ticket] = (now, duration)
+                waiting[ticket] = (model, now, duration)
                 effects = scheduler.request_arrived(ticket, model, now)
                 request = next(arrivals, None)
             else:
@@ -115,13 +115,24 @@ class _Run:
             self._occupied(now)
             return scheduler.server_stopped(subject, now)
         self._ticking = False
-        return scheduler.memory_changed(now)
+        return scheduler.memory_changed(now) if self._time_matters() else []
+
+    def _time_matters(self) -> bool:
+        """Whether time alone can change anything: not while everybody waits for a load that is under way."""
+        if self._player.ticks:
+            return True
+        loading = {
+            resident.model
+            for resident in self._scheduler.residents.values()
+            if resident.state is ResidentState.LOADING
+        }
+        return any(model not in loading for model, _, _ in self._waiting.values())
 
     def _carry_out(self, effects: list[Effect], now: float) -> None:
         for effect in effects:
             match effect:
                 case Admit(ticket, _, _):
-                    arrived, duration = self._waiting.pop(ticket)
+                    _, arrived, duration = self._waiting.pop(ticket)
                     self._waits.append(now - arrived)
                     heappush(self._heap, (now + duration, next(self._numbers), _ENDED, ticket))
                 case Start(model, assignment, server):

@@ -86,9 +86,9 @@ def _placing(name: Name, situation: Situation) -> Player:
     chosen = config.gpu.model_copy(update={"allocation_strategy": name, "gpu_allocation_strategy": None})
     placing = Placing(config.model_copy(update={"gpu": chosen}), situation.catalog.find)
     placing.snapshot = GpuSnapshot(situation.gpus)
-    rules = {entry.id: rules_of(entry) for entry in situation.catalog.models}
+    usual, rules = Rules(), {entry.id: rules_of(entry) for entry in situation.catalog.models}
     return Player(
-        Scheduler(placing, limits_of(config), rules=lambda model: rules.get(model, Rules())),
+        Scheduler(placing, limits_of(config), rules=lambda model: rules.get(model, usual)),
         {gpu.uuid: gpu.free_bytes or 0 for gpu in situation.gpus},
         situation.file_bytes,
         situation.timing,
