@@ -91,8 +91,8 @@ def _left_bytes(gpu: Gpu, claims: Sequence[Claim], *, but_awaited: bool = False)
     """What all claims leave, less than nothing if need be; None where that is not known."""
     if gpu.free_bytes is None or gpu.total_bytes is None:
         return None
-    counted = (claim for claim in claims if not (but_awaited and claim.awaited))
-    claimed = sum(claim.bytes_by_gpu.get(gpu.uuid, 0) for claim in counted)
+    here = [claim for claim in claims if gpu.uuid in claim.bytes_by_gpu]
+    claimed = sum(claim.bytes_by_gpu[gpu.uuid] for claim in here if not (but_awaited and claim.awaited))
     # What NVML shows as free lacks the driver's reserve and everybody's use, ours included:
     # give back what ours hold now, then take the whole claims away.
     free_without_ours = min(gpu.free_bytes + held_by_ours(gpu, claims), gpu.total_bytes)

@@ -121,15 +121,12 @@ class Placing:
         if planned := self._as_planned(question):
             return planned
         entry = question.entry
-        all_idle = question.once_all_are_idle()
-        waits = all_idle.residents != question.residents and not (
-            question.one_more or entry.options.degrade_at_once
-        )
+        may_wait = not (question.one_more or entry.options.degrade_at_once)
         for rung in self._ladder(question):
             options = question.options(rung.changes)
             if found := self._fitting.attempt(question, options, rung.cpu):
                 return self._with_longest_context(question, rung, found)
-            if waits and self._fitting.attempt(all_idle, options, rung.cpu):
+            if may_wait and self._fitting.attempt(question.once_all_are_idle(), options, rung.cpu):
                 raise DoesNotFitError(f"{entry.id} has room once a model that is busy now is idle")
         raise self._refusal(question)
 
