@@ -3,9 +3,8 @@
 use super::super::attention::{AttentionInput, CacheInput, Extras};
 use super::super::builder::{Builder, NONE, Norm};
 use super::super::ops::Fused;
-use super::super::states::StateInput;
 use super::super::tensor::TensorId;
-use super::kda::{Sizes, convolved, finished, step, updated};
+use super::kda::kimi;
 use super::latent::feed_forward;
 use super::pools::{Pools, pick};
 use super::streams;
@@ -28,7 +27,7 @@ pub(super) fn next(b: &mut Builder<'_>) {
         let normed = b.rms(mixed.cur, "attn_norm");
         b.g.expand(normed);
         let given = if b.hyper.is_recurrent(il as u32) {
-            recur(b, states, normed)
+            kimi(b, states, normed)
         } else {
             let low = b.matmul("attn_q_a", normed);
             let low = b.rms(low, "attn_q_a_norm");
@@ -52,34 +51,6 @@ pub(super) fn next(b: &mut Builder<'_>) {
     let cur = streams::mean(b, rows);
     let cur = b.output_norm(cur, Norm::Rms);
     b.finish(cur, 0);
-}
-
-/// `build_kda_layer`.
-fn recur(b: &mut Builder<'_>, input: StateInput, normed: TensorId) -> TensorId {
-    let s = Sizes::of(b);
-    let n_tokens = s.tokens * s.seqs;
-    let [q, k, v] = convolved(b, input, normed, s);
-    let low = b.matmul("ssm_f_a", normed);
-    let gate = b.matmul("ssm_f_b", low);
-    let bias = b.bias("ssm_dt");
-    let mut gate = b.g.add(gate, bias);
-    let decay = b.exact("ssm_a");
-    let decay = b.g.reshape_3d(decay, 1, s.heads, 1);
-    let bounded = b.number("kda.gate_lower_bound", i64::MIN) > i64::from(i32::MIN);
-    if !bounded {
-        gate = b.g.unary(gate);
-    }
-    let gate = b.g.reshape_3d(gate, s.length, s.heads, n_tokens);
-    let mut gate = b.g.mul(gate, decay);
-    for _ in 0..if bounded { 3 } else { 0 } {
-        gate = b.g.unary(gate);
-    }
-    let gate = b.g.reshape(gate, [s.length, s.heads, s.tokens, s.seqs]);
-    let beta = step(b, normed, s);
-    let out = updated(b, input, [q, k, v, gate, beta], s);
-    let low = b.matmul("ssm_g_a", normed);
-    let gate = b.matmul("ssm_g_b", low);
-    finished(b, out, gate, s)
 }
 
 /// `build_dsa_layer`, after the choice.

@@ -1,4 +1,5 @@
-//! Kimi's delta attention between layers of latent attention (`kimi-linear.cpp`, `bailingmoe3.cpp`).
+//! Kimi's delta attention between layers of latent attention (`kimi-linear.cpp`, `kimi-k3.cpp`,
+//! `glm5-next.cpp`, `bailingmoe3.cpp`).
 
 use super::super::attention::{AttentionInput, Extras};
 use super::super::builder::{Activation, Builder, NONE, Norm};
@@ -103,16 +104,16 @@ fn gated(b: &mut Builder<'_>, inputs: Inputs, normed: TensorId) -> TensorId {
 
 /// The sizes of a delta layer.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Sizes {
-    pub(super) length: i64,
-    pub(super) heads: i64,
+struct Sizes {
+    length: i64,
+    heads: i64,
     kernel: i64,
-    pub(super) tokens: i64,
-    pub(super) seqs: i64,
+    tokens: i64,
+    seqs: i64,
 }
 
 impl Sizes {
-    pub(super) fn of(b: &Builder<'_>) -> Self {
+    fn of(b: &Builder<'_>) -> Self {
         Self {
             length: b.number("kda.head_dim", 1),
             heads: b.hyper.heads.first().map_or(1, |heads| i64::from(*heads)),
@@ -128,12 +129,7 @@ impl Sizes {
 }
 
 /// Queries, keys and values, each through a convolution of its own.
-pub(super) fn convolved(
-    b: &mut Builder<'_>,
-    input: StateInput,
-    normed: TensorId,
-    s: Sizes,
-) -> [TensorId; 3] {
+fn convolved(b: &mut Builder<'_>, input: StateInput, normed: TensorId, s: Sizes) -> [TensorId; 3] {
     let states = b.convolution_state();
     let earlier = b.rows_of_state(input, states);
     let row = (s.kernel - 1) * 4;
@@ -168,7 +164,7 @@ pub(super) fn convolved(
 }
 
 /// The update and what comes out of it; `gate` is per element.
-pub(super) fn updated(
+fn updated(
     b: &mut Builder<'_>,
     input: StateInput,
     [q, k, v, gate, beta]: [TensorId; 5],
@@ -185,7 +181,7 @@ pub(super) fn updated(
     b.g.cont(out)
 }
 
-pub(super) fn step(b: &mut Builder<'_>, normed: TensorId, s: Sizes) -> TensorId {
+fn step(b: &mut Builder<'_>, normed: TensorId, s: Sizes) -> TensorId {
     let weight = b.weight("ssm_beta");
     let beta = b.g.mul_mat(weight, normed);
     let beta = b.g.reshape(beta, [1, s.heads, s.tokens, s.seqs]);
@@ -193,7 +189,7 @@ pub(super) fn step(b: &mut Builder<'_>, normed: TensorId, s: Sizes) -> TensorId 
 }
 
 /// The norm and gate of the output, and its projection.
-pub(super) fn finished(b: &mut Builder<'_>, out: TensorId, gate: TensorId, s: Sizes) -> TensorId {
+fn finished(b: &mut Builder<'_>, out: TensorId, gate: TensorId, s: Sizes) -> TensorId {
     let n_tokens = s.tokens * s.seqs;
     let gate = b.g.reshape_3d(gate, s.length, s.heads, n_tokens);
     let out = b.g.reshape_3d(out, s.length, s.heads, n_tokens);
@@ -205,39 +201,45 @@ pub(super) fn finished(b: &mut Builder<'_>, out: TensorId, gate: TensorId, s: Si
     b.g.mul_mat(weight, out)
 }
 
-fn matmul(b: &mut Builder<'_>, name: &str, cur: TensorId) -> TensorId {
-    let weight = b.weight(name);
-    b.g.mul_mat(weight, cur)
-}
-
-fn kimi(b: &mut Builder<'_>, input: StateInput, normed: TensorId) -> TensorId {
+/// Kimi's delta layer (`build_kda_layer`); a decay with a lower bound goes through a sigmoid, the gate of the output through one
+/// projection or two.
+pub(super) fn kimi(b: &mut Builder<'_>, input: StateInput, normed: TensorId) -> TensorId {
     let s = Sizes::of(b);
     let n_tokens = s.tokens * s.seqs;
     let [q, k, v] = convolved(b, input, normed, s);
-    let low = matmul(b, "ssm_f_a", normed);
-    let gate = matmul(b, "ssm_f_b", low);
+    let low = b.matmul("ssm_f_a", normed);
+    let gate = b.matmul("ssm_f_b", low);
     let bias = b.bias("ssm_dt");
-    let gate = b.g.add(gate, bias);
-    let gate = b.g.unary(gate);
+    let mut gate = b.g.add(gate, bias);
+    // minus infinity, which stands for no bound, is read as the lowest number
+    let bound = b.number("kda.gate_lower_bound", i64::MIN);
+    let bounded = bound > i64::from(i32::MIN) && b.model.architecture() != "kimi-linear";
+    if !bounded {
+        gate = b.g.unary(gate);
+    }
     let gate = b.g.reshape_3d(gate, s.length, s.heads, n_tokens);
     let decay = b.exact("ssm_a");
     let decay = b.g.reshape_3d(decay, 1, s.heads, 1);
-    let gate = b.g.mul(gate, decay);
+    let mut gate = b.g.mul(gate, decay);
+    for _ in 0..if bounded { 3 } else { 0 } {
+        gate = b.g.unary(gate);
+    }
     let gate = b.g.reshape(gate, [s.length, s.heads, s.tokens, s.seqs]);
     let beta = step(b, normed, s);
     let out = updated(b, input, [q, k, v, gate, beta], s);
-    let n_embd = b.n_embd;
-    let shaped = b.g.reshape_3d(normed, n_embd, s.tokens, s.seqs);
-    let flat = b.g.reshape_2d(shaped, n_embd, n_tokens);
-    let low = matmul(b, "ssm_g_a", flat);
-    let gate = matmul(b, "ssm_g_b", low);
+    let gate = if b.has("ssm_g") {
+        b.matmul("ssm_g", normed)
+    } else {
+        let low = b.matmul("ssm_g_a", normed);
+        b.matmul("ssm_g_b", low)
+    };
     finished(b, out, gate, s)
 }
 
 fn bailing_states(b: &mut Builder<'_>, input: StateInput, normed: TensorId) -> TensorId {
     let s = Sizes::of(b);
     let [q, k, v] = convolved(b, input, normed, s);
-    let gate = matmul(b, "ssm_f_a", normed);
+    let gate = b.matmul("ssm_f_a", normed);
     let bias = b.bias("ssm_dt");
     let gate = b.g.add(gate, bias);
     let gate = b.g.reshape_3d(gate, s.length, s.heads, s.tokens * s.seqs);
@@ -249,7 +251,7 @@ fn bailing_states(b: &mut Builder<'_>, input: StateInput, normed: TensorId) -> T
     let gate = b.g.reshape(gate, [s.length, s.heads, s.tokens, s.seqs]);
     let beta = step(b, normed, s);
     let out = updated(b, input, [q, k, v, gate, beta], s);
-    let gate = matmul(b, "ssm_g_a", normed);
+    let gate = b.matmul("ssm_g_a", normed);
     finished(b, out, gate, s)
 }
 

@@ -4,7 +4,7 @@ use super::super::builder::{Builder, NONE, Norm};
 use super::super::experts::{ExpertActivation, Gating};
 use super::super::tensor::{Op, TensorId};
 use super::hybrid::Inputs;
-use super::kda::{self, Sizes};
+use super::kda;
 use crate::gguf::GgmlType;
 
 /// Kimi K3.
@@ -26,7 +26,7 @@ pub(super) fn kimi_k3(b: &mut Builder<'_>) {
         let normed = b.rms(cur, "attn_norm");
         b.g.expand(normed);
         let cur = if b.hyper.is_recurrent(il as u32) {
-            delta(b, inputs, normed)
+            kda::kimi(b, inputs.states, normed)
         } else {
             latent(b, inputs, normed)
         };
@@ -81,39 +81,6 @@ fn mixed(b: &mut Builder<'_>, cur: TensorId, stack: TensorId, score: TensorId) -
         b.g.result(Op::Other, GgmlType::F32, [n_embd, n_tokens, 1, 1], &sources);
     let current = b.g.mul(cur, current);
     b.g.add(sum, current)
-}
-
-fn delta(b: &mut Builder<'_>, inputs: Inputs, normed: TensorId) -> TensorId {
-    let s = Sizes::of(b);
-    let n_tokens = s.tokens * s.seqs;
-    let [q, k, v] = kda::convolved(b, inputs.states, normed, s);
-    let low = b.matmul("ssm_f_a", normed);
-    let gate = b.matmul("ssm_f_b", low);
-    let bias = b.bias("ssm_dt");
-    let mut gate = b.g.add(gate, bias);
-    // minus infinity, which stands for no bound, is read as the lowest number
-    let bound = b.model.float("kda.gate_lower_bound");
-    let bounded = bound.is_some_and(|bound| bound > f64::from(i32::MIN));
-    if !bounded {
-        gate = b.g.unary(gate);
-    }
-    let gate = b.g.reshape_3d(gate, s.length, s.heads, n_tokens);
-    let decay = b.exact("ssm_a");
-    let decay = b.g.reshape_3d(decay, 1, s.heads, 1);
-    let mut gate = b.g.mul(gate, decay);
-    if bounded {
-        for _ in 0..3 {
-            gate = b.g.unary(gate);
-        }
-    }
-    let gate = b.g.reshape(gate, [s.length, s.heads, s.tokens, s.seqs]);
-    let beta = kda::step(b, normed, s);
-    let out = kda::updated(b, inputs.states, [q, k, v, gate, beta], s);
-    let n_embd = b.n_embd;
-    let shaped = b.g.reshape_3d(normed, n_embd, s.tokens, s.seqs);
-    let flat = b.g.reshape_2d(shaped, n_embd, n_tokens);
-    let gate = b.matmul("ssm_g", flat);
-    kda::finished(b, out, gate, s)
 }
 
 /// Latent attention without rotation, with a gate.
