@@ -7,7 +7,6 @@ import random
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from itertools import accumulate
 from math import isfinite, log
 from typing import NamedTuple
@@ -70,9 +69,7 @@ class ZipfLoad:
 def read_trace(lines: Iterable[str], source: str) -> list[Request]:
     """The requests of a log of JSON lines, by time, the first at 0 seconds.
 
-    Each line is an object with ``model``, ``duration_seconds`` and ``time_seconds``, or ``time`` as
-    ISO 8601 says it. Lines with another ``event`` than ``answered`` are passed over, so that the JSON log of
-    ``llama-gpu serve`` can be read as it is.
+    Each line is an object with ``time_seconds``, ``model`` and ``duration_seconds``; others are not read.
 
     Raises:
         ConfigError: a line is not such an object; names ``source`` and the line.
@@ -81,7 +78,7 @@ def read_trace(lines: Iterable[str], source: str) -> list[Request]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                request = _request(json.loads(line))
+                requests.append(_request(json.loads(line)))
             except (ValueError, KeyError, TypeError) as error:
                 said = f"no field {error}" if isinstance(error, KeyError) else str(error)
                 raise ConfigError(
@@ -90,22 +87,15 @@ def read_trace(lines: Iterable[str], source: str) -> list[Request]:
                     key="trace",
                     source=source,
                 ) from error
-            if request is not None:
-                requests.append(request)
     requests.sort(key=lambda request: request.time_seconds)
     first = requests[0].time_seconds if requests else 0.0
     return [request._replace(time_seconds=request.time_seconds - first) for request in requests]
 
 
-def _request(line: object) -> Request | None:
+def _request(line: object) -> Request:
     if not isinstance(line, dict):
         raise TypeError("not an object")
-    if line.get("event", "answered") != "answered":
-        return None
-    if "time_seconds" in line:
-        time = float(line["time_seconds"])
-    else:
-        time = datetime.fromisoformat(line["time"]).timestamp()
+    time = float(line["time_seconds"])
     model, duration = line["model"], float(line["duration_seconds"])
     if not isinstance(model, str):
         raise TypeError("model is not a text")
