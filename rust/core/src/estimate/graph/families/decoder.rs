@@ -90,6 +90,8 @@ pub(super) enum Head {
     Logits,
     /// Logits through the embeddings where they lie, not a copy of them (`BitNet`).
     InputMatrix,
+    /// Logits, those of images overwritten (Chameleon).
+    WithoutImages,
     /// Normed embeddings; encoders have no logits.
     Embeddings,
     /// The same with `enc.output_norm`.
@@ -289,6 +291,7 @@ impl Decoder {
         match self.head {
             Head::Logits => b.finish(cur, self.logit_unaries),
             Head::InputMatrix => super::special::finish_with_input_matrix(b, cur),
+            Head::WithoutImages => super::special::finish_without_images(b, cur),
             Head::Embeddings | Head::EncodedEmbeddings => b.finish_embeddings(cur),
         }
     }

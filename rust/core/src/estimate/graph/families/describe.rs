@@ -176,6 +176,12 @@ pub(super) fn describe(b: &Builder<'_>) -> Option<Decoder> {
             part: Part::FirstLayerUnnormed,
             ..LAYER_NORM
         },
+        "chameleon" if !b.model.flag("swin_norm") => Decoder {
+            head_norms: HeadNorms::Before(Norm::Layer),
+            head: Head::WithoutImages,
+            factors: false,
+            ..PLAIN
+        },
         "bitnet" => Decoder {
             factors: false,
             head: Head::InputMatrix,

@@ -2,7 +2,8 @@
 
 use super::super::builder::{Activation, Builder, Norm};
 use super::super::experts::{Experts, Gating};
-use super::super::tensor::TensorId;
+use super::super::tensor::{Op, TensorId};
+use crate::gguf::GgmlType;
 
 const SHARED: [&str; 3] = ["ffn_up_shexp", "ffn_gate_shexp", "ffn_down_shexp"];
 
@@ -81,6 +82,22 @@ pub(super) fn loop_mark(layers: usize, il: usize) -> u64 {
     } else {
         0
     }
+}
+
+/// Image tokens of Chameleon's vocabulary.
+const IMAGE_TOKENS: i64 = 8192;
+
+/// Chameleon's logits of image tokens are overwritten in a copy.
+pub(super) fn finish_without_images(b: &mut Builder<'_>, cur: TensorId) {
+    b.g.set_output(cur);
+    let head = b.head_weight();
+    let logits = b.g.mul_mat(head, cur);
+    let lowest = b.g.blank(GgmlType::F32, [IMAGE_TOKENS, 1, 1, 1]);
+    let lowest = b.g.unary(lowest);
+    let ne = b.g.ne(logits);
+    let out = b.g.result(Op::Other, GgmlType::F32, ne, &[logits, lowest]);
+    b.g.set_output(out);
+    b.g.expand(out);
 }
 
 /// `BitNet` multiplies by the embeddings where they lie.
