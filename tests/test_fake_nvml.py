@@ -17,6 +17,7 @@ def test_nvidia_ml_py_and_the_snapshot_agree_in_every_field(fake_nvml: FakeNvml)
                 utilization=37,
                 temperature=61,
                 power_watts=287.125,
+                nvlinks=["00000000:05:00.0", "00000000:03:00.0", "00000000:05:00.0"],
                 processes=[
                     FakeProcess(pid=4242, used_bytes=3 * GIB),
                     FakeProcess(pid=77, used_bytes=None),

@@ -99,6 +99,7 @@ class Gpu:
         health: Literal["ok", "degraded", "lost"] = "ok",
         health_reason: str | None = None,
         pci_bus_id: str | None = None,
+        nvlink_peers: Sequence[str] | None = None,
     ) -> Self: ...
     @property
     def index(self) -> int:
@@ -174,6 +175,14 @@ class Gpu:
     @property
     def pci_bus_id(self) -> str | None:
         """The PCI address, as ``00000000:01:00.0``."""
+
+    @property
+    def nvlink_peers(self) -> tuple[str, ...]:
+        """PCI addresses that its NVLinks lead to: GPUs, or a switch that joins several.
+
+        Empty where there are none or the driver does not tell (``nvmlDeviceGetNvLinkState``,
+        ``nvmlDeviceGetNvLinkRemotePciInfo_v2``).
+        """
 
     @property
     def accepts_models(self) -> bool:

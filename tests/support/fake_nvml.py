@@ -83,6 +83,7 @@ class FakeGpu:
     compute_capability: tuple[int, int] | None = (8, 9)
     throttle: int = 0
     numa_node: int | None = None
+    nvlinks: Sequence[str] = ()
     processes: Sequence[FakeProcess] = ()
     errors: Mapping[str, int] = field(default_factory=dict)
     hangs: Sequence[str] = ()
@@ -101,6 +102,7 @@ class FakeGpu:
             yield f"capability {self.compute_capability[0]} {self.compute_capability[1]}"
         if self.numa_node is not None:
             yield f"numa {self.numa_node}"
+        yield from (f"nvlink {address}" for address in self.nvlinks)
         for process in self.processes:
             yield from process.lines()
         if self.growth is not None:

@@ -33,7 +33,18 @@ def read(handle, parent=None):
         "processes": sorted([process.pid, process.usedGpuMemory] for process in listed),
         "parent_uuid": parent and nvml.nvmlDeviceGetUUID(parent),
         "pci_bus_id": nvml.nvmlDeviceGetPciInfo(parent or handle).busId,
+        "nvlink_peers": [] if parent else peers(handle),
     }
+
+def peers(handle):
+    found = set()
+    for link in range(nvml.NVML_NVLINK_MAX_LINKS):
+        try:
+            if nvml.nvmlDeviceGetNvLinkState(handle, link):
+                found.add(nvml.nvmlDeviceGetNvLinkRemotePciInfo(handle, link).busId)
+        except nvml.NVMLError:
+            break
+    return sorted(found)
 
 def slices(handle):
     for slot in range(nvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
@@ -69,5 +80,6 @@ def as_they_tell(gpu: lg.Gpu, theirs: Mapping[str, Any]) -> dict[str, Any]:
     """Our GPU in the fields, and the JSON types, of what they read."""
     ours: dict[str, Any] = {field: value for field, value in gpu.fields().items() if field in theirs}
     ours["compute_capability"] = list(ours["compute_capability"])
+    ours["nvlink_peers"] = list(ours["nvlink_peers"])
     ours["processes"] = [[process.pid, process.used_bytes] for process in ours["processes"]]
     return ours

@@ -85,7 +85,7 @@ impl PyGpu {
     #[pyo3(signature = (*, index, uuid=None, name=None, total_bytes=None, free_bytes=None, used_bytes=None,
         reserved_bytes=None, utilization=None, temperature=None, power_watts=None, compute_capability=None,
         processes=None, mig=None, parent_uuid=None, unified=false, health="ok", health_reason=None,
-        pci_bus_id=None))]
+        pci_bus_id=None, nvlink_peers=None))]
     #[expect(clippy::too_many_arguments, reason = "one keyword per field")]
     fn new(
         index: u32,
@@ -106,6 +106,7 @@ impl PyGpu {
         health: &str,
         health_reason: Option<String>,
         pci_bus_id: Option<String>,
+        nvlink_peers: Option<Vec<String>>,
     ) -> PyResult<Self> {
         if let (Some(free), Some(total)) = (free_bytes, total_bytes)
             && free > total
@@ -142,6 +143,7 @@ impl PyGpu {
             unified,
             health: health_from(health, health_reason)?,
             pci_bus_id,
+            nvlink_peers: nvlink_peers.unwrap_or_default(),
         }))
     }
 
@@ -239,6 +241,11 @@ impl PyGpu {
     }
 
     #[getter]
+    fn nvlink_peers<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        PyTuple::new(py, &self.0.nvlink_peers)
+    }
+
+    #[getter]
     fn accepts_models(&self) -> bool {
         self.0.accepts_models()
     }
@@ -264,6 +271,7 @@ impl PyGpu {
         fields.set_item("health", self.health())?;
         fields.set_item("health_reason", self.health_reason())?;
         fields.set_item("pci_bus_id", self.pci_bus_id())?;
+        fields.set_item("nvlink_peers", self.nvlink_peers(py)?)?;
         Ok(fields)
     }
 

@@ -221,6 +221,37 @@ fn gpus_of_one_kind_are_joined_before_others() {
 }
 
 #[test]
+fn gpus_that_nvlink_joins_are_taken_before_others() {
+    let address = |index: u32| format!("00000000:0{index}:00.0");
+    let linked = |index, free, peers: &[String]| Gpu {
+        pci_bus_id: Some(address(index)),
+        nvlink_peers: peers.to_vec(),
+        ..gpu(index, 80, free)
+    };
+    let chosen = |gpus: &[Gpu]| indices(&placed(&LARGE.facts(), gpus, &Policy::default(), &[]));
+    // The two with the least left over, if it were not for the links.
+    let (tight, roomy) = (70, 78);
+    let bare =
+        [0, 1, 2, 3].map(|index| linked(index, [tight, roomy, tight, roomy][index as usize], &[]));
+    assert_eq!(chosen(&bare), [0, 2]);
+    let bridged = [
+        linked(0, tight, &[]),
+        linked(1, roomy, &[address(3)]),
+        linked(2, tight, &[]),
+        linked(3, roomy, &[address(1)]),
+    ];
+    assert_eq!(chosen(&bridged), [1, 3]);
+    let switch = ["00000000:A0:00.0".to_owned()];
+    let switched = [
+        linked(0, tight, &[]),
+        linked(1, roomy, &switch),
+        linked(2, tight, &["00000000:b0:00.0".to_owned()]),
+        linked(3, roomy, &switch),
+    ];
+    assert_eq!(chosen(&switched), [1, 3]);
+}
+
+#[test]
 fn hot_and_degraded_gpus_come_last_and_lost_ones_never() {
     let facts = SMALL.facts();
     let hot = Gpu {

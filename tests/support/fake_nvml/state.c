@@ -68,6 +68,8 @@ static void read_device_line(struct device *device, const char *word, const char
         device->has_capability = sscanf(line, "capability %d %d", &device->major, &device->minor) == 2;
     else if (strcmp(word, "numa") == 0)
         device->has_numa = sscanf(line, "numa %u", &device->numa) == 1;
+    else if (strcmp(word, "nvlink") == 0 && device->link_count < MOST_LINKS)
+        copy_text(device->links[device->link_count++], line, word, TEXT);
     else if (strcmp(word, "throttle") == 0)
         sscanf(line, "throttle %llu", &device->throttle);
     else if (strcmp(word, "growth") == 0)

@@ -10,6 +10,7 @@
  *   memory TOTAL RESERVED FREE USED                       capability 8 9
  *   utilization 12 3            temperature 45            milliwatts 61000
  *   throttle 64                 numa 1
+ *   nvlink 00000000:02:00.0     the next link is up and leads there
  *   process compute PID BYTES   process graphics PID unknown
  *   growth BY TIMES             the first TIMES sizing calls say BY processes too few
  *   mig_slots 7                 MIG mode is on, with that many places
@@ -23,7 +24,7 @@
 #ifndef FAKE_NVML_STATE_H
 #define FAKE_NVML_STATE_H
 
-enum { MOST_GPUS = 32, MOST_SLOTS = 16, MOST_PROCESSES = 64, MOST_RULES = 32, TEXT = 128 };
+enum { MOST_GPUS = 32, MOST_SLOTS = 16, MOST_PROCESSES = 64, MOST_RULES = 32, MOST_LINKS = 18, TEXT = 128 };
 
 enum rule_kind { RULE_ERROR, RULE_HANG, RULE_SLOW };
 
@@ -54,6 +55,8 @@ struct device {
     unsigned slot, mig_slots;
     struct process processes[MOST_PROCESSES];
     int process_count;
+    char links[MOST_LINKS][TEXT];
+    unsigned link_count;
     struct rules rules;
     int parent; /* index of the physical GPU of a MIG device, else -1 */
 };

@@ -61,14 +61,19 @@ nvmlReturn_t nvmlDeviceGetUUID(nvmlDevice_t handle, char *uuid, unsigned length)
     return leave(state, put_text(uuid, length, device->uuid));
 }
 
+static void put_pci(nvmlPciInfo_t *pci, const char *address)
+{
+    memset(pci, 0, sizeof *pci);
+    snprintf(pci->bus_id, sizeof pci->bus_id, "%.31s", address);
+    sscanf(address, "%x:%x:%x", &pci->domain, &pci->bus, &pci->device);
+    snprintf(pci->bus_id_legacy, sizeof pci->bus_id_legacy, "%04X:%02X:%02X.0", pci->domain & 0xffff,
+             pci->bus & 0xff, pci->device & 0xff);
+}
+
 nvmlReturn_t nvmlDeviceGetPciInfo_v3(nvmlDevice_t handle, nvmlPciInfo_t *pci)
 {
     ENTER_DEVICE(nvmlDeviceGetPciInfo_v3);
-    memset(pci, 0, sizeof *pci);
-    snprintf(pci->bus_id, sizeof pci->bus_id, "%.31s", device->pci);
-    sscanf(device->pci, "%x:%x:%x", &pci->domain, &pci->bus, &pci->device);
-    snprintf(pci->bus_id_legacy, sizeof pci->bus_id_legacy, "%04X:%02X:%02X.0", pci->domain & 0xffff,
-             pci->bus & 0xff, pci->device & 0xff);
+    put_pci(pci, device->pci);
     return leave(state, SUCCESS);
 }
 
@@ -148,6 +153,26 @@ nvmlReturn_t nvmlDeviceGetNumaNodeId(nvmlDevice_t handle, unsigned *node)
     ENTER_DEVICE(nvmlDeviceGetNumaNodeId);
     *node = device->numa;
     return leave(state, device->has_numa ? SUCCESS : NOT_SUPPORTED);
+}
+
+/* --- links: those after the last that is up are down, as NVML says of a GPU whose bridge is off --- */
+
+nvmlReturn_t nvmlDeviceGetNvLinkState(nvmlDevice_t handle, unsigned link, unsigned *is_active)
+{
+    ENTER_DEVICE(nvmlDeviceGetNvLinkState);
+    if (device->link_count == 0)
+        return leave(state, NOT_SUPPORTED);
+    *is_active = link < device->link_count;
+    return leave(state, link < MOST_LINKS ? SUCCESS : INVALID_ARGUMENT);
+}
+
+nvmlReturn_t nvmlDeviceGetNvLinkRemotePciInfo_v2(nvmlDevice_t handle, unsigned link, nvmlPciInfo_t *pci)
+{
+    ENTER_DEVICE(nvmlDeviceGetNvLinkRemotePciInfo_v2);
+    if (link >= device->link_count)
+        return leave(state, INVALID_ARGUMENT);
+    put_pci(pci, device->links[link]);
+    return leave(state, SUCCESS);
 }
 
 /* --- processes --- */

@@ -7,6 +7,7 @@ mod board;
 mod failure;
 mod host;
 mod library;
+mod links;
 mod memory;
 mod monitor;
 mod pace;

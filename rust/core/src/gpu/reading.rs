@@ -10,6 +10,7 @@ use nvml_wrapper::{Device, Nvml};
 use super::board::forget_measurements;
 use super::failure::{self, Failure};
 use super::host::Host;
+use super::links;
 use super::memory::{self, Memory};
 use super::processes::{self, ProcessCalls};
 use super::raw;
@@ -99,6 +100,7 @@ impl Reader<'_> {
                     ))
                 }),
             temperature: self.temperature(device, asking),
+            nvlink_peers: links::read(device),
             ..Gpu::default()
         }
     }

@@ -90,6 +90,8 @@ pub struct Gpu {
     pub health: GpuHealth,
     /// The PCI address, as `00000000:01:00.0`.
     pub pci_bus_id: Option<String>,
+    /// The PCI addresses that its `NVLink`s lead to: other GPUs, or a switch that joins several.
+    pub nvlink_peers: Vec<String>,
 }
 
 impl Gpu {

@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use super::candidate::{Candidate, candidates};
 use super::cover::Cover;
 use super::evict::{self, Evictable};
+use super::islands::islands;
 use super::pack::{Pool, best_single};
 use super::policy::{CpuUse, Policy, Running, Strategy};
 use super::split::{Chain, Layers, MAX_DEVICES, even_split};
@@ -357,7 +358,9 @@ impl<'a, M: MemoryModel, G: Borrow<Gpu>> Search<'a, M, G> {
                 count(known)
             })
             .collect();
-        Pool::new(members, budgets, kinds)
+        let gpus = members.iter().map(|one| self.gpus.get(one.slot));
+        let islands = islands(gpus.map(|gpu| gpu.map(Borrow::borrow)));
+        Pool::new(members, budgets, kinds, islands)
     }
 
     fn budgets(&self, set: &[usize], cover: &Cover, evictable: &Evictable) -> Vec<u64> {

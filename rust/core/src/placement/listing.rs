@@ -166,9 +166,12 @@ impl<G: Borrow<Gpu>> Listing<'_, G> {
             return "mixes kinds of GPU".to_owned();
         }
         if one.rank.2 > rank.2 {
+            return "its GPUs are not joined by NVLink".to_owned();
+        }
+        if one.rank.3 > rank.3 {
             return "would break into a GPU that is still empty".to_owned();
         }
-        if one.rank.3 == rank.3 {
+        if one.rank.4 == rank.4 {
             return "the one taken does as well and comes first".to_owned();
         }
         match self.policy.strategy {

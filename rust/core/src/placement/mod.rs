@@ -17,6 +17,7 @@ mod cover;
 mod decide;
 mod evict;
 mod explain;
+mod islands;
 mod ledger;
 mod listing;
 mod pack;

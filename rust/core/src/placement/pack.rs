@@ -3,6 +3,7 @@
 use std::cmp::Reverse;
 
 use super::candidate::Candidate;
+use super::islands::ALONE;
 use super::policy::Strategy;
 use super::split::{Chain, MAX_DEVICES};
 
@@ -15,9 +16,9 @@ const SHORT_LIST: usize = 10;
 
 /// How good a choice of GPUs is; the least is taken.
 ///
-/// Hot and degraded GPUs, kinds of GPU mixed, empty GPUs broken into, and then the bytes left
-/// over: least or, to distribute, most. Between equals the earlier indices win.
-pub(crate) type Rank = (usize, usize, usize, i128);
+/// Hot and degraded GPUs, kinds of GPU mixed, groups that no fast link joins, empty GPUs broken into,
+/// and then the bytes left over: least or, to distribute, most. Between equals the earlier indices win.
+pub(crate) type Rank = (usize, usize, usize, usize, i128);
 
 /// The best single GPU for `need` bytes, as a place in `candidates`.
 pub(crate) fn best_single(
@@ -35,10 +36,14 @@ pub(crate) fn best_single(
 
 /// How good a GPU is on its own.
 pub(crate) fn single_rank(candidate: &Candidate, strategy: Strategy) -> Rank {
-    rank(std::iter::once(candidate), 1, strategy)
+    rank(std::iter::once(candidate), (1, 1), strategy)
 }
 
-fn rank<'a>(set: impl Iterator<Item = &'a Candidate>, kinds: usize, strategy: Strategy) -> Rank {
+fn rank<'a>(
+    set: impl Iterator<Item = &'a Candidate>,
+    (kinds, islands): (usize, usize),
+    strategy: Strategy,
+) -> Rank {
     let (mut avoided, mut emptied, mut bytes) = (0_usize, 0_usize, 0_i128);
     for candidate in set {
         avoided = avoided.saturating_add(usize::from(candidate.avoid));
@@ -46,9 +51,9 @@ fn rank<'a>(set: impl Iterator<Item = &'a Candidate>, kinds: usize, strategy: St
         bytes = bytes.saturating_add(i128::from(candidate.budget));
     }
     match strategy {
-        Strategy::SingleGpuPreferred => (avoided, kinds, 0, bytes),
-        Strategy::Distribute => (avoided, kinds, 0, bytes.saturating_neg()),
-        Strategy::Pack => (avoided, kinds, emptied, bytes),
+        Strategy::SingleGpuPreferred => (avoided, kinds, islands, 0, bytes),
+        Strategy::Distribute => (avoided, kinds, islands, 0, bytes.saturating_neg()),
+        Strategy::Pack => (avoided, kinds, islands, emptied, bytes),
     }
 }
 
@@ -60,13 +65,20 @@ pub(crate) struct Pool<'a> {
     budgets: Vec<u64>,
     /// The kind of each, as a small number.
     kinds: Vec<u32>,
+    /// The group of each that fast links join, or [`ALONE`].
+    islands: Vec<u32>,
     /// What the largest 0, 1, 2 … of them have together.
     largest: Vec<u128>,
 }
 
 impl<'a> Pool<'a> {
-    /// `budgets` and `kinds` are in the order of `members`.
-    pub(crate) fn new(members: &'a [Candidate], budgets: Vec<u64>, kinds: Vec<u32>) -> Self {
+    /// `budgets`, `kinds` and `islands` are in the order of `members`.
+    pub(crate) fn new(
+        members: &'a [Candidate],
+        budgets: Vec<u64>,
+        kinds: Vec<u32>,
+        islands: Vec<u32>,
+    ) -> Self {
         let mut sorted = budgets.clone();
         if sorted.len() > MAX_DEVICES {
             sorted.select_nth_unstable_by(MAX_DEVICES, |one, other| other.cmp(one));
@@ -83,6 +95,7 @@ impl<'a> Pool<'a> {
             members,
             budgets,
             kinds,
+            islands,
             largest,
         }
     }
@@ -114,18 +127,10 @@ impl<'a> Pool<'a> {
 
     /// How good a set is.
     pub(crate) fn rank(&self, set: &[usize], strategy: Strategy) -> Rank {
-        let mut kinds = 0_usize;
-        for (seen, member) in set.iter().enumerate() {
-            let kind = self.kinds.get(*member);
-            let before = set.iter().take(seen);
-            kinds = kinds.saturating_add(usize::from(
-                !before
-                    .into_iter()
-                    .any(|other| self.kinds.get(*other) == kind),
-            ));
-        }
+        let kinds = distinct(set, &self.kinds, None);
+        let islands = distinct(set, &self.islands, Some(ALONE));
         let members = set.iter().filter_map(|&member| self.members.get(member));
-        rank(members, kinds, strategy)
+        rank(members, (kinds, islands), strategy)
     }
 
     /// Whether the largest so many have `bytes` together; cheap, and mostly the answer.
@@ -187,7 +192,8 @@ impl<'a> Pool<'a> {
             members.truncate(ALIKE);
         }
         members.sort_unstable_by_key(|&member| {
-            (avoid(member), self.kinds.get(member), room(member), member)
+            let (kind, island) = (self.kinds.get(member), self.islands.get(member));
+            (avoid(member), kind, island, room(member), member)
         });
         members
     }
@@ -230,6 +236,21 @@ impl<'a> Pool<'a> {
         list.sort_unstable();
         list
     }
+}
+
+/// How many different groups the members of a set are of; each that is of the group `alone` counts.
+fn distinct(set: &[usize], groups: &[u32], alone: Option<u32>) -> usize {
+    set.iter()
+        .enumerate()
+        .filter(|&(seen, member)| {
+            let group = groups.get(*member);
+            group == alone.as_ref()
+                || !set
+                    .iter()
+                    .take(seen)
+                    .any(|other| groups.get(*other) == group)
+        })
+        .count()
 }
 
 fn sorted(set: &[usize]) -> Vec<usize> {
