@@ -210,6 +210,34 @@ def test_a_projector_goes_to_the_first_device(llama: Path, tmp_path: Path) -> No
     assert second == without.devices[1]
 
 
+def test_what_is_asked_again_is_answered_as_the_first_time(mixture: Path, llama: Path) -> None:
+    chance = Random(5)
+    sets: list[dict[str, Any]] = [
+        {
+            "context_length": chance.choice((2048, 8192)),
+            "parallel": chance.choice((1, 4)),
+            "kv_unified": chance.random() < 0.5,
+            "micro_batch": chance.choice((128, 512)),
+            "flash_attention": chance.choice(("auto", "off")),
+            "gpu_layers": chance.choice((None, 7)),
+            "devices": (devices := chance.choice((0, 1, 2))),
+            "tensor_split": [3, 1] if devices == 2 and chance.random() < 0.5 else None,
+            "cpu_moe_layers": chance.choice((0, 3)),
+            "kv_offload": chance.random() < 0.5,
+            "backend": chance.choice(("cuda", "generic")),
+            # Its cache is another one, and so is a recurrent state's beside it.
+            "draft": chance.choice((None, str(llama))),
+        }
+        for _ in range(60)
+    ]
+    header = lg.read_header(mixture)
+    first = [lg.estimate(header, **options) for options in sets]
+    assert len(set(first)) > len(sets) // 2
+    for options, known in zip(sets, first, strict=True):
+        assert lg.estimate(header, **options) == known
+        assert lg.estimate(lg.read_header(mixture, cached=False), **options) == known
+
+
 def test_a_projector_alone_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="projector, not a language model"):
         lg.estimate(write_projector(tmp_path / "mmproj.gguf"))

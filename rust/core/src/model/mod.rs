@@ -18,7 +18,7 @@ pub use hyperparameters::Hyperparameters;
 pub use weights::{Footprint, LayerWeights, SharedTensor, WeightFacts};
 
 use crate::estimate::EstimateError;
-use crate::estimate::graph::GraphModel;
+use crate::estimate::graph::{GraphModel, Planned};
 use crate::gguf::Header;
 
 /// What an estimate needs to know of a model; made once per header.
@@ -32,6 +32,8 @@ pub struct ModelFacts {
     pub weights: WeightFacts,
     /// What compute graphs are built from.
     pub(crate) graph: GraphModel,
+    /// What was planned with that.
+    pub(crate) planned: Planned,
 }
 
 impl ModelFacts {
@@ -50,6 +52,7 @@ impl ModelFacts {
             cache,
             weights,
             graph,
+            planned: Planned::default(),
         })
     }
 

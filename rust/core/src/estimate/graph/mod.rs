@@ -33,6 +33,7 @@ mod experts;
 mod families;
 mod model;
 mod ops;
+mod planned;
 mod repeats;
 mod reserve;
 mod scheduler;
@@ -53,6 +54,7 @@ use reserve::Batch;
 use scheduler::Schedule;
 
 pub(crate) use model::GraphModel;
+pub(crate) use planned::Planned;
 
 #[derive(Default)]
 struct Workspace {
@@ -73,14 +75,11 @@ pub(super) fn compute_bytes(
     resolved: &Resolved,
     layout: &Layout,
 ) -> Option<ComputeBytes> {
-    let batch = Batch::new(options, resolved, layout);
-    WORKSPACE.with_borrow_mut(|workspace| {
-        plan(
-            workspace,
-            facts,
-            batch,
-            options.flash_attention == FlashAttention::Auto && !options.cache_type_v.is_quantized(),
-        )
+    facts.planned.or_plan(options, resolved, || {
+        let batch = Batch::new(options, resolved, layout);
+        let may_do_without =
+            options.flash_attention == FlashAttention::Auto && !options.cache_type_v.is_quantized();
+        WORKSPACE.with_borrow_mut(|workspace| plan(workspace, facts, batch, may_do_without))
     })
 }
 
