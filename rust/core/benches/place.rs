@@ -51,9 +51,15 @@ fn tenants(count: u64, gpus: &[Gpu]) -> Vec<Running> {
 fn measure(criterion: &mut Criterion) {
     let facts = LARGE.facts();
     let options = EstimateOptions::default();
-    let policy = Policy::default();
+    let any = Policy::default();
+    // Else it would be split over GPUs that have room.
+    let one_gpu = Policy {
+        max_gpus: Some(1),
+        ..Policy::default()
+    };
     let mut group = criterion.benchmark_group("place 80 layers");
     let mut case = |name: &str, size: u64, gpus: &[Gpu], running: &[Running], devices: usize| {
+        let policy = if running.is_empty() { &any } else { &one_gpu };
         let running: Vec<&Running> = running.iter().collect();
         let mut remembered = Remembered::default();
         let mut ask = || -> Placement {
@@ -64,12 +70,13 @@ fn measure(criterion: &mut Criterion) {
                 none,
                 &mut remembered,
                 gpus,
-                &policy,
+                policy,
                 &running,
             )
             .unwrap()
         };
         assert_eq!(ask().devices.len(), devices);
+        assert_eq!(ask().evict.is_empty(), running.is_empty());
         group.bench_function(BenchmarkId::new(name, size), |bencher| {
             bencher.iter(&mut ask)
         });
@@ -86,7 +93,7 @@ fn measure(criterion: &mut Criterion) {
         case(
             "evicting among so many models",
             count,
-            &gpus(8, 60),
+            &gpus(8, 90),
             &running,
             1,
         );
