@@ -14,6 +14,7 @@ import llama_gpu as lg
 from llama_gpu.errors import UnsupportedModelError
 from support import ground_truth
 from support.gguf_builder import write_sparse
+from support.stretched import write_stretched
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -236,6 +237,14 @@ def test_what_is_asked_again_is_answered_as_the_first_time(mixture: Path, llama:
     for options, known in zip(sets, first, strict=True):
         assert lg.estimate(header, **options) == known
         assert lg.estimate(lg.read_header(mixture, cached=False), **options) == known
+
+
+def test_more_streams_than_llama_cpps_graph_has_room_for_get_the_generic_rules(tmp_path: Path) -> None:
+    small = lg.read_header(ground_truth.write_model("minimax-m3-moe", tmp_path))
+    deep = lg.read_header(write_stretched(small, tmp_path / "deep.gguf", 60))
+    by_slots = {slots: lg.estimate(deep, parallel=slots, context_length=256 * slots) for slots in (4, 180)}
+    assert {slots: each.basis for slots, each in by_slots.items()} == {4: "exact", 180: "generic rules"}
+    assert by_slots[180].total_device_bytes > by_slots[4].total_device_bytes
 
 
 def test_a_projector_alone_is_no_model(tmp_path: Path) -> None:

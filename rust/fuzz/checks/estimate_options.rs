@@ -133,6 +133,8 @@ fn options(numbers: &mut Numbers<'_>, trained: u32) -> EstimateOptions {
 fn check_options(facts: &ModelFacts, options: &EstimateOptions) {
     let first = estimate(facts, options);
     assert_eq!(first, estimate(facts, options));
+    // A copy has no plans to remember.
+    assert_eq!(first, estimate(&facts.clone(), options));
     match first {
         Ok(estimate) => {
             assert_eq!(estimate.devices.len(), options.devices as usize);

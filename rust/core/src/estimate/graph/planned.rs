@@ -7,7 +7,7 @@ use super::super::compute::ComputeBytes;
 use super::super::{EstimateOptions, Resolved};
 
 /// Plans are forgotten, the oldest first, beyond this number; one is a few dozen bytes a device.
-const MOST: usize = 32;
+const MOST: usize = 16;
 
 type Plan = (EstimateOptions, Resolved, Option<ComputeBytes>);
 

@@ -64,6 +64,18 @@ impl Sparse {
     }
 }
 
+/// Whether the graph has room for every stream's blocks: llama.cpp gives it 40 nodes a token or 32 a tensor
+/// (`llama_context::graph_max_nodes`) and ends where it needs more.
+pub(super) fn has_room(b: &Builder<'_>) -> bool {
+    const NODES_OF_A_STREAM: i64 = 44;
+    const NODES_OF_A_LAYER: i64 = 32 * 32;
+    /// As many as an estimate should ever take memory for.
+    const MOST_NODES: i64 = 1 << 16;
+    let layers = i64::from(b.hyper.layer_count());
+    let room = (40 * b.n_tokens).max(NODES_OF_A_LAYER.saturating_mul(layers));
+    NODES_OF_A_STREAM * b.batch.streams.saturating_mul(layers) <= room.min(MOST_NODES)
+}
+
 /// `MiniMax` M3.
 pub(super) fn minimax_m3(b: &mut Builder<'_>) {
     let mut cur = b.embeddings();

@@ -40,6 +40,9 @@ pub(super) fn build(graph: &mut Graph, facts: &ModelFacts, batch: &Batch<'_>) ->
         decoder.build(&mut builder);
         return Some(true);
     }
+    if builder.model.architecture() == "minimax-m3" && !blocks::has_room(&builder) {
+        return None;
+    }
     if let Some(build) = own_graph(builder.model.architecture()) {
         build(&mut builder);
         return Some(true);
