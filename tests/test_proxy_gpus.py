@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,6 +107,29 @@ def test_an_idle_model_leaves_the_gpu_that_another_needs(machine: Machine) -> No
     assert machine.proxy.chat("large").status_code == 200
     assert machine.proxy.servers().keys() == {"large"}
     machine.proxy.wait_for_line("unload small: makes room for large")
+
+
+def places_of(proxy: Proxy, words: str) -> list[int]:
+    """Where in the log these words stand."""
+    return [place for place, line in enumerate(proxy.lines) if words in line]
+
+
+def test_two_models_asked_for_at_once_load_side_by_side_on_gpus_of_their_own(machine: Machine) -> None:
+    with ThreadPoolExecutor(2) as threads:
+        answers = list(threads.map(machine.proxy.chat, ("small", "other")))
+    assert [answer.status_code for answer in answers] == [200, 200]
+    used = [server["gpu_assignment"]["gpu_ids"] for server in machine.proxy.servers().values()]
+    assert sorted(used) == [[0], [1]]
+    assert max(places_of(machine.proxy, " load ")) < min(places_of(machine.proxy, " is ready after "))
+
+
+def test_two_models_asked_for_at_once_that_cannot_stand_together_are_served_in_turn(machine: Machine) -> None:
+    with ThreadPoolExecutor(2) as threads:
+        answers = list(threads.map(machine.proxy.chat, ("small", "large")))
+    assert [answer.status_code for answer in answers] == [200, 200]
+    loads, unloads = places_of(machine.proxy, " load "), places_of(machine.proxy, " unload ")
+    assert (len(loads), len(unloads)) == (2, 1)
+    assert loads[0] < unloads[0] < loads[1]
 
 
 def test_memory_that_others_take_is_not_promised(machine: Machine) -> None:
