@@ -107,7 +107,7 @@ fuzz: | toolchain
 	@for target in $$(cargo fuzz list --fuzz-dir rust/fuzz); do \
 	  cargo fuzz run --fuzz-dir rust/fuzz --sanitizer $(FUZZ_SANITIZER) --no-trace-compares $$target -- \
 	    -max_total_time=$(FUZZ_SECONDS) -timeout=20 -max_len=4096 -len_control=0 -print_final_stats=1 \
-	    -malloc_limit_mb=64 -rss_limit_mb=$(if $(filter none,$(FUZZ_SANITIZER)),64,1024); \
+	    -malloc_limit_mb=64 -rss_limit_mb=$(if $(filter none,$(FUZZ_SANITIZER)),128,1024); \
 	done
 
 soak: $(DONE)/release $(DONE)/dev
