@@ -7,6 +7,7 @@ it in any order. After each effect and each operation the promises are checked t
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -75,6 +76,8 @@ class FakeServer:
     host_private: int = 0
     ready_at: float | None = None
     stopping: bool = False
+    shortest_load: float = math.inf
+    """Of its model, since it was ready: its residency goes by the last one when it is asked to leave."""
 
 
 class World:
@@ -89,7 +92,6 @@ class World:
         self.open: dict[int, tuple[str, float]] = {}
         self.active: dict[int, str] = {}
         self.servers: dict[str, FakeServer] = {}
-        self.took: dict[str, float] = {}
         self.promises: list[Resident] = []
         self._shape = shape
         self.entries = {name: self._entry(name, header) for name, header in models.items()}
@@ -181,7 +183,10 @@ class World:
         server.held, server.host_private = takes, private
         if not part:
             server.ready_at = self.now
-            self.took[server.resident.model] = max(self.now - server.started, 0.001)
+            took = max(self.now - server.started, 0.001)
+            for other in self.servers.values():
+                if other.resident.model == server.resident.model and other.ready_at is not None:
+                    other.shortest_load = min(other.shortest_load, took)
             self._happen(lambda s: self._ready(s, name, server, takes))
 
     def _ready(
@@ -352,7 +357,7 @@ class World:
         assert name not in self.active.values(), "a busy server was stopped"
         assert server.ready_at is not None
         if cause is LeavesFor.ROOM:
-            least = self.rules[model].residency(self.took[model])
+            least = self.rules[model].residency(server.shortest_load)
             assert self.now - server.ready_at >= least, "it left before its minimum residency"
             assert any(name in promise.waits_for for promise in self.promises_now()), "it left for nobody"
 
