@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import llama_gpu as lg
-from support.fake_nvml import FakeGpu, FakeNvml, default_uuid
+from support.fake_nvml import FakeGpu, FakeNvml, FakeProcess, default_uuid
 from support.gguf_builder import write_llama, write_sparse
-from support.proxy import Proxy, running_proxy
+from support.proxy import Proxy, running_proxy, wait_until_gone
 
 MIB = 1 << 20
 # A small micro batch keeps the copies of the inputs small that llama.cpp makes on several devices.
@@ -130,6 +130,26 @@ def test_two_models_asked_for_at_once_that_cannot_stand_together_are_served_in_t
     loads, unloads = places_of(machine.proxy, " load "), places_of(machine.proxy, " unload ")
     assert (len(loads), len(unloads)) == (2, 1)
     assert loads[0] < unloads[0] < loads[1]
+
+
+def test_a_newcomer_is_started_once_the_memory_of_who_left_is_back(machine: Machine) -> None:
+    assert machine.proxy.chat("small").status_code == 200
+    pid = machine.proxy.pid_of("small")
+    tight, roomy = lg.snapshot_gpus().gpus
+    held = lg.estimate(machine.models / "small.gguf", **OPTIONS).devices[0].total_bytes
+    empty = [FakeGpu(total_bytes=gpu.total_bytes) for gpu in (tight, roomy)]
+    left = (tight.total_bytes or 0) - held
+    process = FakeProcess(pid=pid, used_bytes=held)
+    full = FakeGpu(total_bytes=tight.total_bytes, free_bytes=left, used_bytes=held, processes=[process])
+    machine.nvml.set_gpus([full, empty[1]])
+    with ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(machine.proxy.chat, "large")
+        machine.proxy.wait_for_line("unload small: makes room for large")
+        assert wait_until_gone(pid, 10)
+        assert places_of(machine.proxy, " load large") == [], "its memory is not back yet"
+        machine.nvml.set_gpus(empty)
+        assert answer.result().status_code == 200
+    assert machine.proxy.servers().keys() == {"large"}
 
 
 def test_memory_that_others_take_is_not_promised(machine: Machine) -> None:
