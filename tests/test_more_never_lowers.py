@@ -47,19 +47,27 @@ class Model:
             return None
 
 
+class Carried(dict[str, Model]):
+    """Every carried model by its name."""
+
+    def __repr__(self) -> str:
+        return "the carried models"
+
+
 @pytest.fixture(scope="module")
-def carried(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
-    """Every carried model."""
+def carried(tmp_path_factory: pytest.TempPathFactory) -> Carried:
     folder = tmp_path_factory.mktemp("headers")
     headers = {name: lg.read_header(ground_truth.write_model(name, folder)) for name in MODELS}
     layers = {name: lg.estimate(header, context_length=512) for name, header in headers.items()}
-    return {name: Model(header, layers[name].devices[0].layers - 1) for name, header in headers.items()}
+    return Carried(
+        {name: Model(header, layers[name].devices[0].layers - 1) for name, header in headers.items()}
+    )
 
 
 def any_options(random: Random, layers: int, *, devices: int | None = None) -> Options:
     """Options of any kind; one in two has everything on the devices, if there are any."""
     devices = random.choice((0, 1, 1, 1, 2, 2, 3)) if devices is None else devices
-    micro_batch = random.choice((1, 32, 64, 128, 200, 256, 512, 512, 1024, 2048))
+    micro_batch = random.choice((1, 32, 64, 128, 200, 256, 500, 512, 1024, 2048))
     flash_attention = random.choice(("auto", "auto", "on", "off"))
     cache_type = random.choice(CACHE_TYPES) if random.random() < 0.4 else "f16"
     options: Options = {
@@ -101,7 +109,7 @@ def longer_context(random: Random, options: Options) -> tuple[Options, Options]:
 
 
 def larger_micro_batch(random: Random, options: Options) -> tuple[Options, Options]:
-    micro_batch = options["micro_batch"] + random.choice((1, 32, 100, 512))
+    micro_batch = options["micro_batch"] + random.choice((1, 32, 100, 300, 512))
     return options, {**options, "micro_batch": micro_batch, "batch": max(options["batch"], micro_batch)}
 
 
@@ -162,7 +170,7 @@ def tokens_at_once(options: Options) -> int:
 
 @of_any_model
 @given(name=models, random=randoms)
-def test_a_sum_over_devices_equals_the_whole(carried: dict[str, Model], name: str, random: Random) -> None:
+def test_a_sum_over_devices_equals_the_whole(carried: Carried, name: str, random: Random) -> None:
     model = carried[name]
     split = any_options(random, model.layers, devices=random.choice((2, 3, 4)))
     whole = {key: value for key, value in split.items() if key != "tensor_split"} | {"devices": 1}
@@ -178,17 +186,18 @@ def test_a_sum_over_devices_equals_the_whole(carried: dict[str, Model], name: st
     assert together(several, "context_bytes") == together(one, "context_bytes")
     assert (several.host.layers, several.host.context_bytes) == (one.host.layers, one.host.context_bytes)
     assert several.host.weights_bytes == one.host.weights_bytes
-    # Every device has a copy of the factors that positions are rotated by.
+    # Every device has a copy of the factors that positions are rotated by, in CUDA's steps of 128 bytes.
     copies = together(several, "weights_bytes") - together(one, "weights_bytes")
-    factors = sum(4 * tensor.shape[0] for tensor in model.header.tensors if tensor.name.startswith("rope_f"))
-    assert 0 <= copies <= factors * (split["devices"] - 1)
+    factors = [tensor.shape[0] for tensor in model.header.tensors if tensor.name.startswith("rope_f")]
+    each = sum(-(-4 * count // 128) * 128 for count in factors)
+    assert 0 <= copies <= each * (split["devices"] - 1)
 
 
 @pytest.mark.parametrize("what", MORE)
 @of_any_model
 @given(name=models, random=randoms)
 def test_more_leaves_the_weights_and_never_lowers_a_cache(
-    carried: dict[str, Model], what: str, name: str, random: Random
+    carried: Carried, what: str, name: str, random: Random
 ) -> None:
     model = carried[name]
     estimates = model.pair(*MORE[what](random, any_options(random, model.layers)))
@@ -203,7 +212,7 @@ def test_more_leaves_the_weights_and_never_lowers_a_cache(
 @of_any_model
 @given(name=models, random=randoms)
 def test_more_layers_never_lower_what_weights_and_caches_take(
-    carried: dict[str, Model], name: str, random: Random
+    carried: Carried, name: str, random: Random
 ) -> None:
     model = carried[name]
     options = any_options(random, model.layers, devices=random.choice((1, 1, 2, 3)))
@@ -220,7 +229,7 @@ def test_more_layers_never_lower_what_weights_and_caches_take(
 
 @of_any_model
 @given(name=models, random=randoms)
-def test_a_larger_logical_batch_changes_nothing(carried: dict[str, Model], name: str, random: Random) -> None:
+def test_a_larger_logical_batch_changes_nothing(carried: Carried, name: str, random: Random) -> None:
     model = carried[name]
     estimates = model.pair(*larger_batch(random, any_options(random, model.layers)))
     assume(estimates is not None)
@@ -231,26 +240,29 @@ def test_a_larger_logical_batch_changes_nothing(carried: dict[str, Model], name:
 
 @of_any_model
 @given(name=models, random=randoms)
-def test_on_devices_alone_twice_the_physical_batch_never_lowers_a_compute_buffer(
-    carried: dict[str, Model], name: str, random: Random
+def test_on_devices_alone_twice_the_physical_batch_never_lowers_their_compute_buffers(
+    carried: Carried, name: str, random: Random
 ) -> None:
     model = carried[name]
     options = any_options(random, model.layers, devices=random.choice((1, 1, 2, 3)))
     # With fewer tokens than these llama.cpp's kernels are other ones, with buffers of their own.
     options["micro_batch"] = max(options["micro_batch"], 32)
     options |= {"batch": 4096, "context_length": max(options["context_length"], 4096)}
+    # CUDA's kernels have a quantised cache copied, now into a hole, now behind everything.
+    options |= {"cache_type_k": "f16", "cache_type_v": "f16"}
     assume(all_on_devices(options))
     estimates = model.pair(options, {**options, "micro_batch": 2 * options["micro_batch"]})
     assume(estimates is not None)
     assert estimates is not None
-    for before, after in zip(*map(places, estimates), strict=True):
-        assert after.compute_bytes >= before.compute_bytes
+    before, after = estimates
+    for one, other in zip(before.devices, after.devices, strict=True):
+        assert other.compute_bytes >= one.compute_bytes
 
 
 @of_any_model
 @given(name=models, random=randoms)
 def test_on_devices_alone_a_longer_context_never_lowers_the_hosts_compute_buffer(
-    carried: dict[str, Model], name: str, random: Random
+    carried: Carried, name: str, random: Random
 ) -> None:
     model = carried[name]
     options = any_options(random, model.layers, devices=random.choice((1, 1, 2, 3)))
@@ -335,7 +347,7 @@ LOWER_IN_LLAMA_CPP = [
 
 @pytest.mark.parametrize("lower", LOWER_IN_LLAMA_CPP, ids=lambda lower: f"{lower.model}-{[*lower.more]}")
 def test_where_llama_cpp_has_a_smaller_compute_buffer_so_has_the_estimate(
-    carried: dict[str, Model], lower: Lower
+    carried: Carried, lower: Lower
 ) -> None:
     options = {"backend": "generic", **lower.options}
     estimates = carried[lower.model].pair(options, {**options, **lower.more})
@@ -347,7 +359,7 @@ def test_where_llama_cpp_has_a_smaller_compute_buffer_so_has_the_estimate(
     assert [size.compute_bytes for size in sizes] == [lower.before, lower.after]
 
 
-def compute_buffers(carried: dict[str, Model], what: str) -> Iterator[tuple[int, int]]:
+def compute_buffers(carried: Carried, what: str) -> Iterator[tuple[int, int]]:
     """Every compute buffer before and after, of the same pairs every time."""
     for name, model in carried.items():
         random = Random(f"{what} of {name}")
@@ -381,7 +393,7 @@ def compute_buffers(carried: dict[str, Model], what: str) -> Iterator[tuple[int,
     ],
 )
 def test_more_hardly_ever_lowers_a_compute_buffer(
-    carried: dict[str, Model], what: str, lower: float, by_a_quarter: float
+    carried: Carried, what: str, lower: float, by_a_quarter: float
 ) -> None:
     """``lower`` and ``by_a_quarter`` are of a thousand buffers, half as many again as were counted."""
     buffers = list(compute_buffers(carried, what))
