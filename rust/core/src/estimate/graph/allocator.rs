@@ -1,451 +1,373 @@
-//! Where every tensor of a graph lies and for how long: ggml's graph allocator (`ggml-alloc.c`), less the data.
+//! Where everything lies: plays the changes of a graph through (`ggml-alloc.c`), less the data. The peak of each buffer is the compute
+//! buffer's size.
 //!
-//! Per buffer a list of free blocks sorted by offset; the smallest block that fits is taken, the open end last; a block is given back when
-//! the last reader is done; an operation that can, writes over its source. The peak of each buffer is the compute buffer's size.
+//! A round of layers runs until it finds the free blocks as an earlier run found them: from there on the runs repeat. What its runs
+//! placed before the first layer becomes free run by run, so that a block grows; as long as it is too small for anything, or large
+//! enough, or not the best fit, for what a run takes, runs still repeat, and are leapt over.
 
+use super::buffer::{Block, Buffer, BufferRules};
+use super::lifetimes::{Change, Lifetimes, Program, Reserve, RoundChanges};
 use super::ops::Graph;
-use super::scheduler::{Round, RoundNodes, Schedule};
-use super::tensor::{Op, Storage, TensorId};
-
-/// How a backend's buffers count bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct BufferRules {
-    /// Every allocation is padded to this many bytes, a power of two.
-    pub(super) alignment: i64,
-    /// CUDA pads a quantised tensor's last row to 512 elements and keeps f16 copies of K and V behind flash attention.
-    pub(super) cuda: bool,
-}
-
-impl BufferRules {
-    fn pad(self, bytes: i64) -> i64 {
-        bytes.saturating_add(self.alignment - 1) & -self.alignment
-    }
-
-    /// Bytes that a buffer of this kind sets aside for `id`, before padding (`get_alloc_size`).
-    fn bytes(self, graph: &Graph, id: TensorId) -> i64 {
-        let tensor = graph.get(id);
-        let bytes = tensor.own_bytes;
-        if !self.cuda {
-            return bytes;
-        }
-        if tensor.op == Op::FlashAttention {
-            return super::cuda::flash_attention_bytes(graph, tensor, bytes);
-        }
-        if tensor.element.is_quantized() {
-            return bytes.saturating_add(super::cuda::row_padding_bytes(tensor.element, tensor.ne));
-        }
-        bytes
-    }
-}
-
-/// One buffer: its free blocks and the highest byte ever used (`ggml_dyn_tallocr` with one chunk).
-#[derive(Debug, Default)]
-pub(super) struct Buffer {
-    free: Vec<(i64, i64)>,
-    pub(super) peak: i64,
-}
-
-/// More than any graph asks for: the open end of a buffer.
-const ENDLESS: i64 = i64::MAX / 2;
-
-impl Buffer {
-    pub(super) fn reset(&mut self) {
-        self.free.clear();
-        self.free.push((0, ENDLESS));
-        self.peak = 0;
-    }
-
-    pub(super) fn allocate(&mut self, bytes: i64) -> i64 {
-        let open_end = self.free.len().saturating_sub(1);
-        // of equal blocks the last one wins, as `size <= best_fit_size` in ggml
-        let best = self
-            .free
-            .iter()
-            .enumerate()
-            .take(open_end)
-            .filter(|(_, (_, size))| *size >= bytes)
-            .min_by(|(i, (_, a)), (j, (_, b))| a.cmp(b).then(j.cmp(i)))
-            .map_or(open_end, |(index, _)| index);
-        let Some(block) = self.free.get_mut(best) else {
-            return 0;
-        };
-        let offset = block.0;
-        block.0 = offset.saturating_add(bytes);
-        block.1 = block.1.saturating_sub(bytes);
-        if block.1 == 0 {
-            self.free.remove(best);
-        }
-        self.peak = self.peak.max(offset.saturating_add(bytes));
-        offset
-    }
-
-    pub(super) fn release(&mut self, offset: i64, bytes: i64) {
-        let end = offset.saturating_add(bytes);
-        for index in 0..self.free.len() {
-            let Some((start, size)) = self.free.get(index).copied() else {
-                return;
-            };
-            let next = self.free.get(index + 1).copied();
-            if start.saturating_add(size) == offset {
-                let mut merged = size.saturating_add(bytes);
-                if let Some((next_start, next_size)) = next
-                    && next_start == end
-                {
-                    merged = merged.saturating_add(next_size);
-                    self.free.remove(index + 1);
-                }
-                if let Some(block) = self.free.get_mut(index) {
-                    block.1 = merged;
-                }
-                return;
-            }
-            if end == start {
-                let merged = size.saturating_add(bytes);
-                if let Some((before_start, before_size)) =
-                    index.checked_sub(1).and_then(|i| self.free.get(i)).copied()
-                    && before_start.saturating_add(before_size) == offset
-                {
-                    self.free.remove(index);
-                    if let Some(block) = self.free.get_mut(index - 1) {
-                        block.1 = before_size.saturating_add(merged);
-                    }
-                } else if let Some(block) = self.free.get_mut(index) {
-                    *block = (offset, merged);
-                }
-                return;
-            }
-        }
-        let position = self.free.partition_point(|(start, _)| *start < offset);
-        self.free.insert(position, (offset, bytes));
-    }
-}
-
-/// What the allocator knows of one tensor.
-#[derive(Clone, Copy, Debug)]
-struct Lifetime {
-    /// What is yet to read it; an output is read once more than the graph does, so that it is never given back.
-    readers: u32,
-    views: u32,
-    view_of: TensorId,
-    /// Wants a place: it is no weight, no state and no view.
-    planned: bool,
-    allocated: bool,
-    /// Belongs to the round that runs again.
-    own: bool,
-    buffer: u8,
-    offset: i64,
-    /// Bytes set aside, padded.
-    bytes: i64,
-}
-
-impl Default for Lifetime {
-    fn default() -> Self {
-        Self {
-            readers: 0,
-            views: 0,
-            view_of: TensorId::NONE,
-            planned: false,
-            allocated: false,
-            own: false,
-            buffer: 0,
-            offset: 0,
-            bytes: 0,
-        }
-    }
-}
+use super::scheduler::Schedule;
 
 /// Plans graphs one after the other; keeps its memory between them.
 #[derive(Debug, Default)]
 pub(super) struct Allocator {
-    lifetimes: Vec<Lifetime>,
+    lifetimes: Lifetimes,
     buffers: Vec<Buffer>,
+    places: Vec<i64>,
 }
 
 impl Allocator {
-    /// The peak of every buffer, in backend order (`ggml_gallocr_reserve_n_size`).
+    /// The peak of every buffer, in backend order (`ggml_gallocr_reserve_n_size`); none when a round of layers does not repeat and all
+    /// layers must be built.
     pub(super) fn plan(
         &mut self,
         graph: &Graph,
         schedule: &Schedule,
         rules: &[BufferRules],
-    ) -> Vec<u64> {
-        self.lifetimes.clear();
-        self.lifetimes
-            .resize(graph.tensors.len(), Lifetime::default());
+    ) -> Option<Vec<u64>> {
+        let program = self.lifetimes.find(graph, schedule, rules)?;
         self.buffers.resize_with(rules.len(), Buffer::default);
         self.buffers.iter_mut().for_each(Buffer::reset);
-        let mut run = Run {
-            graph,
-            rules,
-            lifetimes: &mut self.lifetimes,
+        // tensors that a graph lacks are places that nothing asks for
+        self.places
+            .resize(self.places.len().max(graph.tensors.len()), 0);
+        let mut player = Player {
             buffers: &mut self.buffers,
-            repeating: false,
+            places: &mut self.places,
         };
-        run.inputs(schedule);
-        let mut done = 0;
-        for round in &schedule.rounds {
-            run.steps(schedule.nodes.get(done..round.start).unwrap_or_default());
-            run.repeat(schedule, *round);
-            done = round.end;
-        }
-        run.steps(schedule.nodes.get(done..).unwrap_or_default());
-        self.buffers
-            .iter()
-            .map(|buffer| u64::try_from(buffer.peak).unwrap_or(0))
-            .collect()
+        player.play_all(program)?;
+        let peak = |buffer: &Buffer| u64::try_from(buffer.peak).unwrap_or(0);
+        Some(self.buffers.iter().map(peak).collect())
     }
 }
 
-struct Run<'a> {
-    graph: &'a Graph,
-    rules: &'a [BufferRules],
-    lifetimes: &'a mut [Lifetime],
-    buffers: &'a mut [Buffer],
-    /// A round runs again: what is not its own was read in its first run.
-    repeating: bool,
+/// A stretch of places that were taken before the layers of a round.
+#[derive(Clone, Copy, Debug)]
+struct Stretch {
+    buffer: u8,
+    start: i64,
+    /// Behind the last run's.
+    end: i64,
+    /// Bytes of one run.
+    step: i64,
 }
 
-/// What one round leaves to the next: free blocks, and where the tensors lie that both know.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// What one run of a round leaves to the next.
+#[derive(Debug)]
 struct Handover {
-    free: Vec<(i64, i64)>,
-    places: Vec<(u8, i64)>,
+    /// Runs before it.
+    run: usize,
+    free: Vec<(u8, Block)>,
+    places: Vec<i64>,
+    /// Runs after this one that surely take what it took.
+    calm: usize,
 }
 
-impl Run<'_> {
-    fn steps(&mut self, nodes: &[(TensorId, u8)]) {
-        for (node, backend) in nodes.iter().copied() {
-            self.step(node, backend);
+struct Player<'a> {
+    buffers: &'a mut [Buffer],
+    /// Where each slot lies.
+    places: &'a mut [i64],
+}
+
+impl Player<'_> {
+    fn play_all(&mut self, program: &Program) -> Option<()> {
+        let mut stretches: Vec<Option<Stretch>> = vec![None; program.reserves.len()];
+        let mut rounds = program.rounds.iter().peekable();
+        let mut done = 0;
+        loop {
+            let round = rounds.peek().map_or(usize::MAX, |round| round.start);
+            let reserve = program.reserves.iter().zip(&stretches);
+            let reserve = reserve
+                .enumerate()
+                .filter(|(_, (_, known))| known.is_none());
+            let reserve = reserve.min_by_key(|(_, (reserve, _))| reserve.after);
+            if let Some((number, (reserve, _))) = reserve
+                && reserve.after < round
+            {
+                self.play(program.changes.get(done..=reserve.after)?);
+                done = reserve.after + 1;
+                let stretch = self.stretch(reserve)?;
+                *stretches.get_mut(number)? = Some(stretch);
+            } else if let Some(round) = rounds.next() {
+                self.play(program.changes.get(done..round.start)?);
+                let reserves = program.reserves.get(round.reserves.clone())?;
+                let own = stretches.get(round.reserves.clone())?;
+                let own: Vec<Stretch> = own.iter().copied().collect::<Option<_>>()?;
+                self.repeat(
+                    program.changes.get(round.start..round.end)?,
+                    round,
+                    reserves,
+                    &own,
+                );
+                done = round.end;
+            } else {
+                self.play(program.changes.get(done..)?);
+                return Some(());
+            }
         }
     }
 
-    /// Runs a round's nodes as often as it stands for, or until what it hands over recurs, and once more.
-    fn repeat(&mut self, schedule: &Schedule, round: Round) {
-        let RoundNodes {
-            first,
-            own,
-            last,
-            twins,
-        } = schedule.round_nodes(self.graph, round);
-        for (id, _) in &own {
-            self.edit(*id, |life| life.own = true);
+    fn play(&mut self, changes: &[Change]) {
+        for change in changes {
+            match *change {
+                Change::Take {
+                    slot,
+                    buffer,
+                    bytes,
+                    ..
+                } => {
+                    let offset = match self.buffers.get_mut(usize::from(buffer)) {
+                        Some(buffer) => buffer.allocate(bytes),
+                        None => 0,
+                    };
+                    self.put(slot, offset);
+                }
+                Change::GiveBack {
+                    slot,
+                    buffer,
+                    kept,
+                    bytes,
+                    ..
+                } => self.give_back(slot, buffer, kept, bytes),
+            }
         }
-        let fresh: Vec<(TensorId, Lifetime)> =
-            own.iter().map(|(id, _)| (*id, self.life(*id))).collect();
-        // tensors that the round before made and this one reads, where this one makes their like
-        let handed: Vec<(TensorId, TensorId, Lifetime)> = twins
-            .into_iter()
-            .map(|(before, id)| (before, id, self.life(before)))
-            .filter(|(_, _, life)| !life.own)
-            .filter(|(_, _, life)| life.allocated || life.readers > 0 || life.views > 0)
+    }
+
+    fn give_back(&mut self, slot: u32, buffer: u8, kept: i64, bytes: i64) {
+        let offset = self.place(slot).saturating_add(kept);
+        if let Some(buffer) = self.buffers.get_mut(usize::from(buffer)) {
+            buffer.release(offset, bytes);
+        }
+    }
+
+    fn place(&self, slot: u32) -> i64 {
+        self.places.get(slot as usize).copied().unwrap_or(0)
+    }
+
+    fn put(&mut self, slot: u32, offset: i64) {
+        if let Some(place) = self.places.get_mut(slot as usize) {
+            *place = offset;
+        }
+    }
+
+    /// Takes the places of the runs that are not built; none when they would not lie behind those of the run that is.
+    fn stretch(&mut self, reserve: &Reserve) -> Option<Stretch> {
+        let (first, smallest) = (
+            reserve.members.first()?.0,
+            reserve.members.iter().map(|(_, bytes)| *bytes).min()?,
+        );
+        let start = self.place(first);
+        let mut end = start;
+        for (slot, bytes) in &reserve.members {
+            if self.place(*slot) != end {
+                return None;
+            }
+            end = end.saturating_add(*bytes);
+        }
+        let step = end - start;
+        let more = i64::try_from(reserve.more).ok()?;
+        let buffer = self.buffers.get_mut(usize::from(reserve.buffer))?;
+        let fits_none = buffer.gaps().iter().all(|gap| gap.bytes < smallest);
+        let follows = fits_none && buffer.allocate(step.saturating_mul(more)) == end;
+        follows.then_some(Stretch {
+            buffer: reserve.buffer,
+            start,
+            end: end.saturating_add(step.saturating_mul(more)),
+            step,
+        })
+    }
+
+    /// Runs a round as often as it stands for, or until its runs repeat.
+    fn repeat(
+        &mut self,
+        changes: &[Change],
+        round: &RoundChanges,
+        reserves: &[Reserve],
+        stretches: &[Stretch],
+    ) {
+        let mut seen: Vec<Handover> = Vec::with_capacity(4);
+        let once = |change: &&Change| match change {
+            Change::Take { once, .. } | Change::GiveBack { once, .. } => *once,
+        };
+        let again: Vec<Change> = changes
+            .iter()
+            .filter(|change| !once(change))
+            .copied()
             .collect();
-        for (before, ..) in &handed {
-            self.edit(*before, |life| life.own = true);
+        if again.len() == changes.len() {
+            let places = round.handed.iter().map(|(before, _)| self.place(*before));
+            seen.push(self.handover(0, places.collect(), 0));
         }
-        // only the last run reads what other layers read too: until then it must stay
-        self.repeating = true;
-        let mut seen = Vec::with_capacity(4);
-        if first.len() == own.len() {
-            seen.push(self.handover(handed.iter().map(|(before, ..)| *before)));
-        }
-        let mut left = round.more;
-        let mut steps = &first;
-        while left > 0 {
-            self.steps(steps);
-            steps = &own;
-            left -= 1;
-            let now = self.handover(handed.iter().map(|(_, id, _)| *id));
-            if let Some(position) = seen.iter().rposition(|earlier| *earlier == now) {
-                left %= seen.len() - position;
-                seen.clear();
+        let mut run = 0;
+        let mut changes = changes;
+        while run < round.more {
+            let calm = if stretches.is_empty() {
+                self.play(changes);
+                usize::MAX
+            } else {
+                self.play_watched(changes, stretches)
+            };
+            changes = &again;
+            run += 1;
+            let places: Vec<i64> = round
+                .handed
+                .iter()
+                .map(|(_, slot)| self.place(*slot))
+                .collect();
+            for ((before, _), place) in round.handed.iter().zip(&places) {
+                self.put(*before, *place);
+            }
+            let mut now = self.handover(run, places, calm);
+            let same = |earlier: &Handover| repeats(earlier, &now, stretches);
+            if let Some(position) = seen.iter().rposition(same)
+                && let Some(earlier) = seen.get(position)
+            {
+                let cycle = seen.len() - position;
+                let calm = seen
+                    .iter()
+                    .skip(position + 1)
+                    .map(|one| one.calm)
+                    .fold(calm, usize::min);
+                let cycles = ((round.more - run) / cycle).min(calm / cycle);
+                self.leap(earlier, &mut now, cycles);
+                run = now.run;
+                if cycles > 0 {
+                    seen.clear();
+                }
             }
             seen.push(now);
-            for (before, id, old) in &handed {
-                let place = self.life(*id);
-                self.edit(*before, |life| {
-                    *life = Lifetime {
-                        buffer: place.buffer,
-                        offset: place.offset,
-                        bytes: place.bytes,
-                        own: true,
-                        ..*old
-                    };
-                });
-            }
-            for (id, life) in &fresh {
-                self.edit(*id, |slot| *slot = *life);
-            }
+            self.shift(reserves, stretches, run);
         }
-        self.repeating = false;
-        for (id, _) in &own {
-            self.edit(*id, |life| life.own = false);
-        }
-        self.steps(&last);
     }
 
-    fn handover(&self, handed: impl Iterator<Item = TensorId>) -> Handover {
+    fn handover(&self, run: usize, places: Vec<i64>, calm: usize) -> Handover {
+        let mut free = Vec::with_capacity(16);
+        for (number, buffer) in (0_u8..).zip(self.buffers.iter()) {
+            free.extend(buffer.free.iter().map(|block| (number, *block)));
+        }
         Handover {
-            free: self
-                .buffers
-                .iter()
-                .flat_map(|buffer| buffer.free.iter().copied())
-                .collect(),
-            places: handed
-                .map(|id| (self.life(id).buffer, self.life(id).offset))
-                .collect(),
+            run,
+            free,
+            places,
+            calm,
         }
     }
 
-    fn life(&self, id: TensorId) -> Lifetime {
-        self.lifetimes.get(id.index()).copied().unwrap_or_default()
-    }
-
-    fn edit(&mut self, id: TensorId, change: impl FnOnce(&mut Lifetime)) {
-        if let Some(lifetime) = self.lifetimes.get_mut(id.index()) {
-            change(lifetime);
-        }
-    }
-
-    fn size(&self, id: TensorId, buffer: u8) -> i64 {
-        self.rules
-            .get(usize::from(buffer))
-            .map_or(0, |rules| rules.pad(rules.bytes(self.graph, id)))
-    }
-
-    /// Readers and views are counted, and leaves placed.
-    fn inputs(&mut self, schedule: &Schedule) {
-        for (leaf, backend) in schedule.leaves.iter().copied() {
-            self.introduce(leaf);
-            self.allocate(leaf, backend);
-        }
-        for (node, _) in schedule.nodes.iter().copied() {
-            self.introduce(node);
-            let tensor = self.graph.get(node);
-            // a leaf in the node list only keeps its source alive: it is no view that anyone reads
-            if tensor.is_view() && tensor.op != Op::Leaf {
-                self.edit(tensor.view_of, |life| life.views += 1);
-            }
-            for source in tensor.sources() {
-                self.edit(source, |life| life.readers += 1);
+    /// Puts what a round placed early where the run after `run` others finds it.
+    fn shift(&mut self, reserves: &[Reserve], stretches: &[Stretch], run: usize) {
+        for (reserve, stretch) in reserves.iter().zip(stretches) {
+            let mut place = stretch
+                .start
+                .saturating_add(stretch.step.saturating_mul(run as i64));
+            for (slot, bytes) in &reserve.members {
+                self.put(*slot, place);
+                place = place.saturating_add(*bytes);
             }
         }
     }
 
-    fn introduce(&mut self, id: TensorId) {
-        let tensor = self.graph.get(id);
-        self.edit(id, |life| {
-            life.view_of = tensor.view_of;
-            life.planned = tensor.storage == Storage::Planned && !tensor.is_view();
-            life.readers += u32::from(tensor.is_output);
-        });
+    /// Blocks grow by as much as they did between two runs that repeat, `cycles` times.
+    fn leap(&mut self, earlier: &Handover, now: &mut Handover, cycles: usize) {
+        let runs = now.run - earlier.run;
+        now.run += runs * cycles;
+        for ((_, was), (_, is)) in earlier.free.iter().zip(&mut now.free) {
+            is.bytes = is
+                .bytes
+                .saturating_add((is.bytes - was.bytes).saturating_mul(cycles as i64));
+        }
+        let mut blocks = now.free.iter();
+        for buffer in &mut *self.buffers {
+            for (block, (_, grown)) in buffer.free.iter_mut().zip(&mut blocks) {
+                *block = *grown;
+            }
+        }
     }
 
-    fn step(&mut self, node: TensorId, backend: u8) {
-        let tensor = self.graph.get(node);
-        for source in tensor.sources() {
-            self.allocate(source, backend);
-        }
-        self.allocate(node, backend);
-        let runs_again = self.repeating && self.life(node).own;
-        for source in tensor.sources() {
-            let Some(life) = self.lifetimes.get_mut(source.index()) else {
-                continue;
-            };
-            if runs_again && !life.own {
-                continue;
-            }
-            life.readers = life.readers.saturating_sub(1);
-            if life.readers > 0 || life.views > 0 {
-                continue;
-            }
-            let (view_of, allocated) = (life.view_of, life.allocated);
-            if !view_of.is_some() {
-                if allocated {
-                    self.free(source);
+    /// Plays a run; gives the number of runs after it that surely take the same blocks while those of the stretches grow.
+    fn play_watched(&mut self, changes: &[Change], stretches: &[Stretch]) -> usize {
+        let mut calm = i64::MAX;
+        for change in changes {
+            match *change {
+                Change::Take {
+                    slot,
+                    buffer: number,
+                    bytes,
+                    ..
+                } => {
+                    let Some(buffer) = self.buffers.get_mut(usize::from(number)) else {
+                        continue;
+                    };
+                    let choice = buffer.choice(bytes);
+                    let growth = |block: &Block| growth(number, *block, stretches);
+                    calm = calm.min(calm_runs(buffer, bytes, choice, growth));
+                    let offset = buffer.take(choice, bytes);
+                    self.put(slot, offset);
                 }
-                continue;
-            }
-            let Some(viewed) = self.lifetimes.get_mut(view_of.index()) else {
-                continue;
-            };
-            if runs_again && !viewed.own {
-                continue;
-            }
-            viewed.views = viewed.views.saturating_sub(1);
-            if viewed.views == 0 && viewed.readers == 0 && viewed.allocated {
-                self.free(view_of);
+                Change::GiveBack {
+                    slot,
+                    buffer,
+                    kept,
+                    bytes,
+                    ..
+                } => self.give_back(slot, buffer, kept, bytes),
             }
         }
+        usize::try_from(calm).unwrap_or(usize::MAX)
     }
+}
 
-    fn free(&mut self, id: TensorId) {
-        let life = self.life(id);
-        if let Some(buffer) = self.buffers.get_mut(usize::from(life.buffer)) {
-            buffer.release(life.offset, life.bytes);
+/// Bytes by which a block may grow from one run to the next.
+fn growth(buffer: u8, block: Block, stretches: &[Stretch]) -> i64 {
+    stretches
+        .iter()
+        .filter(|stretch| {
+            stretch.buffer == buffer && block.start < stretch.end && stretch.start < block.end()
+        })
+        .map(|stretch| stretch.step)
+        .fold(0, i64::saturating_add)
+}
+
+/// How many runs still choose the block `choice` for so many bytes.
+fn calm_runs(buffer: &Buffer, bytes: i64, choice: usize, growth: impl Fn(&Block) -> i64) -> i64 {
+    let chosen = buffer.gaps().get(choice).copied();
+    let chosen_growth = chosen.as_ref().map_or(0, &growth);
+    let chosen_bytes = chosen.map_or(i64::MAX, |block| block.bytes);
+    if chosen_growth > 0 && chosen_bytes == bytes {
+        return 0; // it would not vanish
+    }
+    let mut calm = i64::MAX;
+    for (index, block) in buffer.gaps().iter().enumerate() {
+        let step = growth(block);
+        if index == choice {
+            continue;
         }
-        self.edit(id, |life| life.allocated = false);
-    }
-
-    #[inline]
-    fn allocate(&mut self, id: TensorId, backend: u8) {
-        if let Some(life) = self.lifetimes.get_mut(id.index())
-            && life.planned
-            && !life.allocated
-        {
-            life.allocated = true;
-            self.place(id, backend);
-        }
-    }
-
-    fn place(&mut self, id: TensorId, backend: u8) {
-        if self.graph.get(id).op.can_reuse_source() && self.reuse_source(id) {
-            return;
-        }
-        let bytes = self.size(id, backend);
-        let offset = self
-            .buffers
-            .get_mut(usize::from(backend))
-            .map_or(0, |buffer| buffer.allocate(bytes));
-        self.edit(id, |life| {
-            life.buffer = backend;
-            life.offset = offset;
-            life.bytes = bytes;
-        });
-    }
-
-    /// Lets `id` take over a source that nothing else reads; true when it did. Views are never taken over: ggml counts only what it
-    /// placed itself as its own.
-    fn reuse_source(&mut self, id: TensorId) -> bool {
-        let tensor = self.graph.get(id);
-        let runs_again = self.repeating && self.life(id).own;
-        for source in tensor.sources() {
-            let life = self.life(source);
-            if life.allocated
-                && (life.own || !runs_again)
-                && life.readers == 1
-                && life.views == 0
-                && tensor.same_layout(self.graph.get(source))
-            {
-                self.take_over(id, source);
-                return true;
+        if block.bytes < bytes {
+            if step > 0 {
+                let runs = (bytes - block.bytes + step - 1) / step;
+                let grown = block.bytes.saturating_add(runs.saturating_mul(step));
+                if chosen_growth > 0 || grown <= chosen_bytes {
+                    calm = calm.min(runs - 1);
+                }
             }
+        } else if chosen_growth > 0 {
+            calm = calm.min((block.bytes - chosen_bytes - 1).max(0) / chosen_growth);
         }
-        false
     }
+    calm
+}
 
-    fn take_over(&mut self, id: TensorId, owner: TensorId) {
-        let old = self.life(owner);
-        let (kept, had) = (self.size(id, old.buffer), old.bytes);
-        self.edit(id, |life| {
-            life.buffer = old.buffer;
-            life.offset = old.offset;
-            life.bytes = kept;
-        });
-        self.edit(owner, |life| life.allocated = false);
-        if had > kept
-            && let Some(buffer) = self.buffers.get_mut(usize::from(old.buffer))
-        {
-            buffer.release(old.offset.saturating_add(kept), had - kept);
-        }
-    }
+/// Whether two runs left the same, but for blocks of the stretches that grew run by run.
+fn repeats(earlier: &Handover, now: &Handover, stretches: &[Stretch]) -> bool {
+    let runs = i64::try_from(now.run - earlier.run).unwrap_or(i64::MAX);
+    let same = |((of, was), (buffer, is)): (&(u8, Block), &(u8, Block))| {
+        let step = || growth(*buffer, *was, stretches).saturating_mul(runs);
+        of == buffer
+            && was.start == is.start
+            && (was.bytes == is.bytes || is.bytes - was.bytes == step())
+    };
+    earlier.places == now.places
+        && earlier.free.len() == now.free.len()
+        && earlier.free.iter().zip(&now.free).all(same)
 }

@@ -102,6 +102,9 @@ pub(super) const EXPERT_CLAMP: &str = "swiglu_clamp_exp";
 /// The same of shared experts and dense layers.
 const CLAMP: &str = "swiglu_clamp_shexp";
 
+/// Spreads numbers that are hashed.
+const MIXER: u64 = 0x9e37_79b9_7f4a_7c15;
+
 impl<'a> Builder<'a> {
     pub(super) fn new(
         g: &'a mut Graph,
@@ -174,9 +177,15 @@ impl<'a> Builder<'a> {
 
     /// The same where layers differ in more than their tensors; `mark` tells those apart.
     pub(super) fn layers_by(&mut self, mark: impl Fn(usize) -> u64) -> Vec<usize> {
+        let kinds = self.kinds(mark);
+        self.representatives(&kinds)
+    }
+
+    /// Equal numbers for layers that are alike.
+    fn kinds(&self, mark: impl Fn(usize) -> u64) -> Vec<u64> {
         let hyper = self.hyper;
         let per_layer = |list: &[u32], il: usize| list.get(il).map_or(0, |n| u64::from(*n));
-        let kinds: Vec<u64> = (0..self.trunk())
+        (0..self.trunk())
             .map(|il| {
                 let number = il as u32;
                 let flags = [
@@ -201,22 +210,30 @@ impl<'a> Builder<'a> {
                 ]
                 .iter()
                 .fold(0, |hash: u64, n| {
-                    (hash.rotate_left(5) ^ n).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+                    (hash.rotate_left(5) ^ n).wrapping_mul(MIXER)
                 })
             })
-            .collect();
+            .collect()
+    }
+
+    /// The same where a layer reads what layer `owner` of it made: layers are alike if their owners are, too.
+    pub(super) fn layers_by_owner(&mut self, owner: impl Fn(usize) -> usize) -> Vec<usize> {
+        let kinds = self.kinds(|il| u64::from(owner(il) == il));
+        let with_owner = |il: usize| {
+            let of = kinds.get(owner(il)).copied().unwrap_or_default();
+            (of.rotate_left(32) ^ kinds.get(il).copied().unwrap_or_default()).wrapping_mul(MIXER)
+        };
+        let kinds: Vec<u64> = (0..kinds.len()).map(with_owner).collect();
+        self.representatives(&kinds)
+    }
+
+    fn representatives(&mut self, kinds: &[u64]) -> Vec<usize> {
         if self.batch.every_layer {
             return (0..kinds.len()).collect();
         }
-        let (built, repeats) = super::repeats::representatives(&kinds);
+        let (built, repeats) = super::repeats::representatives(kinds);
         self.g.repeats = repeats;
         built
-    }
-
-    /// All layers, for models whose layers have [blanks](Graph::blank): these take their place before the first layer runs and give it
-    /// back layer by layer, so that none leaves the allocator as it was.
-    pub(super) fn every_layer(&self) -> Vec<usize> {
-        (0..self.trunk()).collect()
     }
 
     pub(super) fn is_last(&self) -> bool {

@@ -6,7 +6,8 @@
 //! options -> Batch                     (reserve: what is reserved for)
 //! families::build -> Graph             (builder, attention, experts, states: what is computed, in llama.cpp's order)
 //! Schedule::build -> backends, copies  (scheduler)
-//! Allocator::plan -> bytes per buffer  (allocator)
+//! Lifetimes::find -> changes           (lifetimes: who takes a place and gives it back, in order)
+//! Allocator::plan -> bytes per buffer  (allocator, buffer)
 //! ```
 //!
 //! llama.cpp's dry run counts the prompt-processing graph only; so does this. Layers that repeat are planned a few times, not all of
@@ -27,10 +28,12 @@
 
 mod allocator;
 mod attention;
+mod buffer;
 mod builder;
 mod cuda;
 mod experts;
 mod families;
+mod lifetimes;
 mod model;
 mod ops;
 mod planned;
@@ -63,6 +66,18 @@ struct Workspace {
     allocator: Allocator,
 }
 
+impl Workspace {
+    /// The peak of every buffer; none when layers that stand for more must be built one and all.
+    fn play(&mut self, batch: &Batch<'_>) -> Option<Vec<u64>> {
+        self.schedule
+            .build(&mut self.graph, batch.backends())
+            .then(|| {
+                self.allocator
+                    .plan(&self.graph, &self.schedule, &batch.rules())
+            })?
+    }
+}
+
 thread_local! {
     static WORKSPACE: RefCell<Workspace> = RefCell::default();
 }
@@ -90,10 +105,6 @@ fn plan(
     may_do_without: bool,
 ) -> Option<ComputeBytes> {
     let exact = families::build(&mut w.graph, facts, &batch)?;
-    debug_assert!(
-        w.graph.repeats.is_empty() || !w.graph.has_blanks_in_layers(),
-        "layers with blanks are built one and all: Builder::every_layer"
-    );
     let asks = may_do_without && batch.may_stray(&facts.hyperparameters);
     if asks && !w.schedule.runs_at_home(&w.graph, &batch, Fused::Attention) {
         batch.flash_attention = false;
@@ -103,12 +114,11 @@ fn plan(
         batch.fused_spread = false;
         families::build(&mut w.graph, facts, &batch);
     }
-    if !w.schedule.build(&mut w.graph, batch.backends()) {
+    let mut devices = w.play(&batch).or_else(|| {
         batch.every_layer = true;
         families::build(&mut w.graph, facts, &batch);
-        w.schedule.build(&mut w.graph, batch.backends());
-    }
-    let mut devices = w.allocator.plan(&w.graph, &w.schedule, &batch.rules());
+        w.play(&batch)
+    })?;
     let host = devices.pop().unwrap_or(0);
     Some(ComputeBytes {
         devices,

@@ -124,15 +124,6 @@ impl Graph {
         self.push(Tensor::contiguous(Op::Leaf, element, ne))
     }
 
-    /// Whether a layer has a blank.
-    pub(super) fn has_blanks_in_layers(&self) -> bool {
-        let first = self.marks.first().map_or(usize::MAX, |mark| mark.tensors);
-        self.leaves.iter().any(|leaf| {
-            let tensor = self.get(*leaf);
-            leaf.index() >= first && !tensor.is_input && tensor.storage == Storage::Planned
-        })
-    }
-
     /// A new contiguous result of `op`.
     pub(super) fn result(
         &mut self,

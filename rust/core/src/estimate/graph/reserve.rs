@@ -2,7 +2,7 @@
 
 use super::super::context::{compressed_cells, window_cells};
 use super::super::{Backend, CpuMoe, EstimateOptions, Layout, Resolved};
-use super::allocator::BufferRules;
+use super::buffer::BufferRules;
 use super::scheduler::{Backends, PIPELINE_COPIES};
 use crate::gguf::GgmlType;
 use crate::model::Hyperparameters;

@@ -53,7 +53,7 @@ pub(super) struct Schedule {
     /// For every layer's beginning, how many nodes come before it.
     layer_starts: Vec<usize>,
     /// What was copied, and the (first) copy.
-    copied: Vec<(TensorId, TensorId)>,
+    pub(super) copied: Vec<(TensorId, TensorId)>,
     /// Rounds of nodes that run more often; empty when some round cannot be told apart.
     pub(super) rounds: Vec<Round>,
 }
@@ -95,8 +95,8 @@ const UNASSIGNED: u8 = u8::MAX;
 impl Schedule {
     /// Assigns backends, splits, and rewires the graph's sources to the copies.
     ///
-    /// False when a round of layers that stands for more cannot be repeated: pipelined copies lie in it, or the split that it is in
-    /// holds a copy for each of its layers.
+    /// False when a round of layers that stands for more cannot be repeated: it has pipelined copies of its own, or copies for layers
+    /// behind it.
     pub(super) fn build(&mut self, graph: &mut Graph, backends: Backends) -> bool {
         self.nodes.clear();
         self.leaves.clear();
@@ -155,7 +155,6 @@ impl Schedule {
     }
 
     fn find_rounds(&mut self, graph: &Graph, backends: Backends) -> bool {
-        let known = self.backend_of.len();
         for repeat in &graph.repeats {
             let last = repeat.first + repeat.period;
             let (Some(from), Some(to), Some(lowest)) = (
@@ -171,18 +170,16 @@ impl Schedule {
             ) else {
                 return false;
             };
-            // pipelined copies lie side by side from the start: each round needs its own
-            let copies = |(id, _): &(TensorId, u8)| id.index() >= known;
-            let nodes = self.nodes.get(start..end).unwrap_or_default();
-            if backends.copies > 1 && nodes.iter().any(copies) {
-                return false;
-            }
-            // a part of a larger input that each layer takes for itself is copied before the layers begin
+            // pipelined copies lie side by side from the start and are never given back: each round needs its own
             let own = from.tensors..to.tensors;
-            let copied_before = |(source, copy): &(TensorId, TensorId)| {
-                own.contains(&source.index()) && !nodes.iter().any(|(id, _)| id == copy)
+            let nodes = self.nodes.get(start..end).unwrap_or_default();
+            let is_here = |copy: &TensorId| nodes.iter().any(|(id, _)| id == copy);
+            let cannot_repeat = |(source, copy): &(TensorId, TensorId)| {
+                let later = source.index() >= to.tensors;
+                (backends.copies > 1 && own.contains(&source.index()))
+                    || ((backends.copies > 1 || later) && is_here(copy))
             };
-            if self.copied.iter().any(copied_before) {
+            if self.copied.iter().any(cannot_repeat) {
                 return false;
             }
             self.rounds.push(Round {
@@ -194,6 +191,11 @@ impl Schedule {
             });
         }
         true
+    }
+
+    /// Whether a tensor is a copy, or keeps one's source.
+    pub(super) fn is_copy(&self, id: TensorId) -> bool {
+        id.index() >= self.backend_of.len()
     }
 
     /// What a round is made of.

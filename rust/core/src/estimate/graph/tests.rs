@@ -7,7 +7,7 @@ use std::path::Path;
 
 use proptest::prelude::*;
 
-use super::allocator::Buffer;
+use super::buffer::Buffer;
 use super::ops::Graph;
 use super::repeats::representatives;
 use super::reserve::Batch;

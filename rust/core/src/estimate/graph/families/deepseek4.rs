@@ -115,7 +115,8 @@ pub(super) fn deepseek4(b: &mut Builder<'_>) {
     let hyper = b.hyper;
     let ratio = |il: usize| hyper.compress_ratios.get(il).copied().unwrap_or(0);
     let mut cur = streams::spread(b, embeddings);
-    for il in b.every_layer() {
+    let hashed = hashed_layers(b);
+    for il in b.layers_by(|il| u64::from(ratio(il)) * 2 + u64::from(il < hashed)) {
         b.enter(il);
         let mixed = streams::before(b, cur, "hc_attn");
         let normed = b.rms(mixed.cur, "attn_norm");
@@ -136,11 +137,16 @@ pub(super) fn deepseek4(b: &mut Builder<'_>) {
     b.finish(cur, 0);
 }
 
+/// Leading layers whose experts the token decides.
+fn hashed_layers(b: &Builder<'_>) -> usize {
+    usize::try_from(b.number("hash_layer_count", 0)).unwrap_or(0)
+}
+
 /// Experts beside a shared one; in the leading layers the token decides which.
 fn feed_forward(b: &mut Builder<'_>, normed: TensorId) -> TensorId {
     let gating = Gating::from_number(b.number("expert_gating_func", 4));
     let mut experts = b.experts(gating, b.model.flag("expert_weights_norm"));
-    if b.layer() < usize::try_from(b.number("hash_layer_count", 0)).unwrap_or(0) {
+    if b.layer() < hashed_layers(b) {
         let table = b.weight("ffn_gate_tid2eid");
         experts.chosen = b.g.get_rows(table, b.tokens);
     }

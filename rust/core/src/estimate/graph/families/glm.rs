@@ -7,6 +7,7 @@ use super::super::tensor::TensorId;
 use super::kda::kimi;
 use super::latent::feed_forward;
 use super::pools::{Pools, pick};
+use super::sparse::{owner, owners};
 use super::streams;
 
 pub(super) fn next(b: &mut Builder<'_>) {
@@ -17,11 +18,10 @@ pub(super) fn next(b: &mut Builder<'_>) {
     };
     let pools = Pools::of(b);
     let outputs = b.output_ids();
-    let owners = b.hyper.owns_indexer.clone();
-    let owns = |il: usize| owners.get(il) == Some(&true);
+    let owners = owners(b, |il| !b.hyper.is_recurrent(il as u32));
     let mut cur = streams::spread(b, embeddings);
     let mut picked = NONE;
-    for il in b.every_layer() {
+    for il in b.layers_by_owner(|il| owner(&owners, il)) {
         b.enter(il);
         let mixed = streams::before(b, cur, "hc_attn");
         let normed = b.rms(mixed.cur, "attn_norm");
@@ -31,7 +31,7 @@ pub(super) fn next(b: &mut Builder<'_>) {
         } else {
             let low = b.matmul("attn_q_a", normed);
             let low = b.rms(low, "attn_q_a_norm");
-            if owns(il) || !picked.is_some() {
+            if owner(&owners, il) == il {
                 picked = pick(b, [normed, low], cache.mask, pools);
             }
             attend(b, [normed, low], cache, pools, picked)

@@ -4,7 +4,7 @@ use super::super::attention::{AttentionInput, CacheInput, Extras};
 use super::super::builder::{Builder, NONE, Norm};
 use super::super::tensor::TensorId;
 use super::latent::{Latent, absorbed, feed_forward, latents};
-use super::sparse::{Indexer, attend, pick};
+use super::sparse::{Indexer, attend, owner, owners, pick};
 use super::streams;
 use crate::gguf::GgmlType;
 
@@ -17,16 +17,10 @@ pub(super) fn hunyuan(b: &mut Builder<'_>) {
     };
     let indexer = (b.number("attention.indexer.top_k", 0) > 0).then(|| Indexer::of(b, false));
     let outputs = b.output_ids();
-    let owners = b.hyper.owns_indexer.clone();
-    let owns = |il: usize| owners.get(il) == Some(&true);
+    let owners = owners(b, |_| indexer.is_some());
     let mut cur = streams::spread(b, embeddings);
     let mut picked = NONE;
-    let layers = if indexer.is_some() {
-        b.every_layer()
-    } else {
-        b.layers()
-    };
-    for il in layers {
+    for il in b.layers_by_owner(|il| owner(&owners, il)) {
         b.enter(il);
         let residual = cur;
         let [mixed, post] = before(b, cur, "hc_attn");
@@ -34,7 +28,7 @@ pub(super) fn hunyuan(b: &mut Builder<'_>) {
         let low = b.matmul("attn_q_a", normed);
         let low = b.rms(low, "attn_q_a_norm");
         if let Some(indexer) = indexer
-            && (owns(il) || !picked.is_some())
+            && owner(&owners, il) == il
         {
             picked = pick(b, normed, low, positions, indexer);
         }

@@ -70,12 +70,7 @@ pub(super) fn qwen4(b: &mut Builder<'_>) {
         }
     }
     let mut cur = streams::spread(b, embeddings);
-    let layers = if indexers.is_empty() {
-        b.layers()
-    } else {
-        b.every_layer()
-    };
-    for il in layers {
+    for il in b.layers_by(|il| ratio(il).unsigned_abs()) {
         b.enter(il);
         if b.has("ple_key") {
             cur = ngram::added(b, inputs.states, grams, cur);

@@ -42,6 +42,21 @@ impl Indexer {
     }
 }
 
+/// The layers whose indexer picks: those that own one, and the first that attends.
+pub(super) fn owners(b: &Builder<'_>, attends: impl Fn(usize) -> bool) -> Vec<usize> {
+    let owns = |il: usize| b.hyper.owns_indexer.get(il) == Some(&true);
+    let mut layers: Vec<usize> = (0..b.trunk()).filter(|il| attends(*il)).collect();
+    let first = layers.first().copied();
+    layers.retain(|il| owns(*il) || Some(*il) == first);
+    layers
+}
+
+/// The layer that picks for layer `il`, if one does.
+pub(super) fn owner(owners: &[usize], il: usize) -> usize {
+    let behind = owners.partition_point(|owner| *owner <= il);
+    owners.get(behind.wrapping_sub(1)).copied().unwrap_or(il)
+}
+
 /// `DeepSeek` V3.2 and GLM with sparse attention.
 pub(super) fn sparse(b: &mut Builder<'_>) {
     let mut cur = b.embeddings();
@@ -51,16 +66,15 @@ pub(super) fn sparse(b: &mut Builder<'_>) {
     };
     let indexer = Indexer::of(b, true);
     let outputs = b.output_ids();
-    let owners = b.hyper.owns_indexer.clone();
-    let owns = |il: usize| owners.get(il) == Some(&true);
+    let owners = owners(b, |_| true);
     let mut picked = NONE;
-    for il in b.every_layer() {
+    for il in b.layers_by_owner(|il| owner(&owners, il)) {
         b.enter(il);
         let mut residual = cur;
         let normed = b.rms(cur, "attn_norm");
         let low = b.matmul("attn_q_a", normed);
         let low = b.rms(low, "attn_q_a_norm");
-        if owns(il) || !picked.is_some() {
+        if owner(&owners, il) == il {
             picked = pick(b, normed, low, positions, indexer);
         }
         let mut attended = attend(
@@ -92,7 +106,7 @@ pub(super) fn dots3(b: &mut Builder<'_>) {
     };
     let indexer = Indexer::of(b, true);
     let outputs = b.output_ids();
-    for il in b.every_layer() {
+    for il in b.layers() {
         b.enter(il);
         let mut residual = cur;
         let normed = b.rms(cur, "attn_norm");
