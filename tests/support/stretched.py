@@ -19,7 +19,7 @@ I32, F32 = 5, 6
 def write_stretched(header: lg.Header, path: Path, layers: int) -> Path:
     """``header`` with ``layers`` layers, without a vocabulary.
 
-    The layers behind the leading dense ones come again and again.
+    The pattern in which the layers behind the leading dense ones follow each other goes on.
     """
     architecture = header.architecture
 
@@ -29,13 +29,26 @@ def write_stretched(header: lg.Header, path: Path, layers: int) -> Path:
 
     have, leading = number("block_count"), number("leading_dense_block_count")
     tail = number("nextn_predict_layers")
-    body = range(leading, have - tail) or range(have)
-    first, last = body.start, layers - (have - body.stop)
-    order = [
-        *range(first),
-        *(body[index % len(body)] for index in range(last - first)),
-        *range(body.stop, have),
+    by_layer: dict[int, list[lg.Tensor]] = {}
+    for tensor in header.tensors:
+        match = re.match(r"blk\.(\d+)\.", tensor.name)
+        by_layer.setdefault(int(match[1]) if match else -1, []).append(tensor)
+    per_layer = [
+        value for value in header.metadata.values() if isinstance(value, tuple) and len(value) == have
     ]
+
+    def kind(layer: int) -> Any:
+        own = {re.sub(r"\d+", "", tensor.name, count=1): tensor for tensor in by_layer.get(layer, [])}
+        shapes = sorted((name, tensor.shape, tensor.type) for name, tensor in own.items())
+        return shapes, [value[layer] for value in per_layer]
+
+    first = leading if leading < have - tail else 0
+    body = [kind(layer) for layer in range(first, have - tail)]
+    period = next(period for period in range(1, len(body) + 1) if body[period:] == body[: len(body) - period])
+    order = list(range(have - tail))
+    while len(order) + tail < layers:
+        order.append(order[-period])
+    order += range(have - tail, have)
 
     entries: list[Entry] = []
     for key, value in header.metadata.items():
@@ -46,10 +59,6 @@ def write_stretched(header: lg.Header, path: Path, layers: int) -> Path:
         elif isinstance(value, str | int | float) or (isinstance(value, tuple) and 0 < len(value) <= 8):
             entries.append((key, *encoded(value)))
 
-    by_layer: dict[int, list[lg.Tensor]] = {}
-    for tensor in header.tensors:
-        match = re.match(r"blk\.(\d+)\.", tensor.name)
-        by_layer.setdefault(int(match[1]) if match else -1, []).append(tensor)
     named = [(tensor.name, tensor) for tensor in by_layer[-1]]
     for place, index in enumerate(order):
         named += [(re.sub(r"\d+", str(place), one.name, count=1), one) for one in by_layer.get(index, [])]

@@ -5,6 +5,7 @@ use crate::model::Hyperparameters;
 
 use super::model::{GraphModel, Layer, Weight, find, joined_hash, name_hash};
 use super::ops::Graph;
+use super::repeats::LEADING_LAYERS;
 use super::reserve::{Batch, owns_cache};
 use super::tensor::{Storage, TensorId};
 
@@ -150,7 +151,9 @@ impl<'a> Builder<'a> {
         if self.known_again.len() <= most {
             self.known_again.resize(most + 1, Vec::new());
         }
-        if let Some(slot) = self.known_again.get_mut(self.home) {
+        if !self.known.is_empty()
+            && let Some(slot) = self.known_again.get_mut(self.home)
+        {
             *slot = std::mem::take(&mut self.known);
         }
         let known = self.known_again.get_mut(home).map(std::mem::take);
@@ -160,6 +163,21 @@ impl<'a> Builder<'a> {
         self.known = known.unwrap_or_default();
         self.known
             .resize(self.layer.map_or(0, |layer| layer.weights.len()), NONE);
+    }
+
+    /// Makes the weights of the first layers known, for layers that run with them again and again.
+    pub(super) fn know_weights(&mut self, layers: usize) {
+        for home in 0..layers.min(self.trunk()) {
+            let weights = self
+                .model
+                .layer(home)
+                .map_or(&[][..], |layer| &layer.weights);
+            let known = weights
+                .iter()
+                .map(|(_, weight)| self.store(*weight, Belongs::Layer(home), false))
+                .collect();
+            self.known_again.push(known);
+        }
     }
 
     pub(super) fn layer(&self) -> usize {
@@ -177,8 +195,13 @@ impl<'a> Builder<'a> {
 
     /// The same where layers differ in more than their tensors; `mark` tells those apart.
     pub(super) fn layers_by(&mut self, mark: impl Fn(usize) -> u64) -> Vec<usize> {
+        self.layers_after(LEADING_LAYERS, mark)
+    }
+
+    /// The same where a layer reads what more than two layers before it made, or finishes what more than one began.
+    pub(super) fn layers_after(&mut self, lead: usize, mark: impl Fn(usize) -> u64) -> Vec<usize> {
         let kinds = self.kinds(mark);
-        self.representatives(&kinds)
+        self.representatives(&kinds, lead)
     }
 
     /// Equal numbers for layers that are alike.
@@ -224,14 +247,14 @@ impl<'a> Builder<'a> {
             (of.rotate_left(32) ^ kinds.get(il).copied().unwrap_or_default()).wrapping_mul(MIXER)
         };
         let kinds: Vec<u64> = (0..kinds.len()).map(with_owner).collect();
-        self.representatives(&kinds)
+        self.representatives(&kinds, LEADING_LAYERS)
     }
 
-    fn representatives(&mut self, kinds: &[u64]) -> Vec<usize> {
+    fn representatives(&mut self, kinds: &[u64], lead: usize) -> Vec<usize> {
         if self.batch.every_layer {
             return (0..kinds.len()).collect();
         }
-        let (built, repeats) = super::repeats::representatives(kinds);
+        let (built, repeats) = super::repeats::representatives(kinds, lead);
         self.g.repeats = repeats;
         built
     }

@@ -221,6 +221,24 @@ impl GraphModel {
         model
     }
 
+    /// The model with the layers `order` of this one.
+    #[cfg(test)]
+    pub(super) fn with_layers(mut self, order: &[usize]) -> Self {
+        let have = self.kind_of.len();
+        self.kind_of = order.iter().map(|il| self.kind(*il)).collect();
+        for (_, value) in &mut self.values {
+            if let Value::Numbers(list) = value
+                && list.len() == have
+            {
+                *list = order
+                    .iter()
+                    .filter_map(|il| list.get(*il).copied())
+                    .collect();
+            }
+        }
+        self
+    }
+
     /// `general.architecture`.
     pub(super) fn architecture(&self) -> &str {
         &self.architecture

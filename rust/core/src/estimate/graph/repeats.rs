@@ -1,10 +1,10 @@
 //! Layers that repeat are built three or four times and planned as often as it takes until the allocator is where it was before.
 
 /// The longest pattern of layers that is looked for.
-const LONGEST_PERIOD: usize = 12;
+pub(super) const LONGEST_PERIOD: usize = 12;
 
-/// Layers before the round to repeat: the round finishes what the last of them began, and reads what the one before that gave.
-const LEADING_LAYERS: usize = 2;
+/// Layers before the round to repeat, as a rule: the round finishes what the last of them began, and reads what the one before that gave.
+pub(super) const LEADING_LAYERS: usize = 2;
 
 /// A round of layers that stands for many.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,15 +19,16 @@ pub(super) struct Repeat {
     pub(super) more: usize,
 }
 
-/// Which layers to build, and which rounds of them to repeat; `kinds` tells alike layers by equal numbers.
-pub(super) fn representatives(kinds: &[u64]) -> (Vec<usize>, Vec<Repeat>) {
+/// Which layers to build, and which rounds of them to repeat; `kinds` tells alike layers by equal numbers, and a round reads nothing that
+/// layers before the `lead` ones before it made for themselves.
+pub(super) fn representatives(kinds: &[u64], lead: usize) -> (Vec<usize>, Vec<Repeat>) {
     let mut built = Vec::with_capacity(kinds.len().min(64));
     let mut repeats = Vec::new();
     let mut start = 0;
     while start < kinds.len() {
         let rest = kinds.get(start..).unwrap_or_default();
         let (period, more) = (1..=LONGEST_PERIOD.min(rest.len()))
-            .map(|period| (period, repeatable_rounds(rest, period)))
+            .map(|period| (period, repeatable_rounds(rest, lead, period)))
             .max_by_key(|(period, more)| (more * period, std::cmp::Reverse(*period)))
             .unwrap_or((1, 0));
         if more == 0 {
@@ -35,7 +36,6 @@ pub(super) fn representatives(kinds: &[u64]) -> (Vec<usize>, Vec<Repeat>) {
             start += 1;
             continue;
         }
-        let lead = LEADING_LAYERS;
         repeats.push(Repeat {
             alike: built.len(),
             first: built.len() + lead,
@@ -49,11 +49,11 @@ pub(super) fn representatives(kinds: &[u64]) -> (Vec<usize>, Vec<Repeat>) {
 }
 
 /// How many rounds of `period` kinds need not be built; at least one layer after them is, for it may feed the output.
-fn repeatable_rounds(kinds: &[u64], period: usize) -> usize {
+fn repeatable_rounds(kinds: &[u64], lead: usize, period: usize) -> usize {
     let alike = kinds
         .iter()
         .zip(kinds.iter().skip(period))
         .take_while(|(a, b)| a == b)
         .count();
-    (alike + period).saturating_sub(LEADING_LAYERS + period + 1) / period
+    (alike + period).saturating_sub(lead + period + 1) / period
 }

@@ -170,6 +170,21 @@ impl Schedule {
             ) else {
                 return false;
             };
+            // what the first of the leading layers began is finished before the round, or the round's own runs finish more than it does
+            let begun = graph
+                .marks
+                .get(repeat.alike + 1)
+                .map_or(0, |mark| mark.tensors);
+            let late = |(id, _): &(TensorId, u8)| (lowest.tensors..begun).contains(&id.index());
+            if self
+                .nodes
+                .get(start..end)
+                .unwrap_or_default()
+                .iter()
+                .any(late)
+            {
+                return false;
+            }
             // pipelined copies lie side by side from the start and are never given back: each round needs its own
             let own = from.tensors..to.tensors;
             let nodes = self.nodes.get(start..end).unwrap_or_default();

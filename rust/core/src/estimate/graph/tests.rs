@@ -9,7 +9,7 @@ use proptest::prelude::*;
 
 use super::buffer::Buffer;
 use super::ops::Graph;
-use super::repeats::representatives;
+use super::repeats::{LEADING_LAYERS, representatives};
 use super::reserve::Batch;
 use super::tensor::Op;
 use super::{Workspace, plan};
@@ -45,7 +45,7 @@ proptest! {
 
     #[test]
     fn repeated_rounds_stand_for_every_layer_once(kinds in prop::collection::vec(0_u64..3, 1..80)) {
-        let (built, repeats) = representatives(&kinds);
+        let (built, repeats) = representatives(&kinds, LEADING_LAYERS);
         let skipped: usize = repeats.iter().map(|repeat| repeat.more * repeat.period).sum();
         prop_assert_eq!(built.len() + skipped, kinds.len());
         prop_assert!(built.is_sorted());
@@ -66,7 +66,7 @@ proptest! {
 
 #[test]
 fn a_long_stack_of_like_layers_is_built_four_times() {
-    let (built, repeats) = representatives(&[7; 32]);
+    let (built, repeats) = representatives(&[7; 32], LEADING_LAYERS);
     assert_eq!(built, [0, 1, 2, 31]);
     assert_eq!(repeats.len(), 1);
     assert_eq!(repeats[0].more, 28);
@@ -172,28 +172,101 @@ fn options(facts: &ModelFacts) -> Vec<EstimateOptions> {
     all
 }
 
-#[test]
-fn repeated_layers_cost_what_they_cost_one_by_one() {
+/// As many layers as a large model has.
+const DEEP: usize = 47;
+
+/// Of the options for deep models only each so many is asked with.
+const EVERY: usize = 11;
+
+fn mapped<T: Copy>(list: &mut Vec<T>, order: &[usize]) {
+    if !list.is_empty() {
+        *list = order
+            .iter()
+            .filter_map(|il| list.get(*il).copied())
+            .collect();
+    }
+}
+
+/// The same with more layers: the pattern in which those behind the leading dense ones follow each other goes on.
+fn deepened(facts: &ModelFacts, layers: usize) -> ModelFacts {
+    let mut deep = facts.clone();
+    let hyper = &mut deep.hyperparameters;
+    let have = hyper.layer_count() as usize;
+    let behind = have - hyper.trunk_layers() as usize;
+    let leading = (hyper.leading_dense_layers as usize).min(have - behind - 1);
+    let body = have - behind - leading;
+    let like = |a: usize, b: usize| {
+        facts.graph.kind(a) == facts.graph.kind(b)
+            && hyper.is_sliding(a as u32) == hyper.is_sliding(b as u32)
+            && hyper.compress_ratios.get(a) == hyper.compress_ratios.get(b)
+            && hyper.owns_indexer.get(a) == hyper.owns_indexer.get(b)
+    };
+    let goes_on =
+        |period: &usize| (leading + period..have - behind).all(|il| like(il, il - period));
+    let period = (1..body).find(goes_on).unwrap_or(body);
+    let mut order: Vec<usize> = (0..leading + body).collect();
+    while order.len() + behind < layers {
+        order.push(order[order.len() - period]);
+    }
+    order.extend(have - behind..have);
+    for list in [
+        &mut hyper.heads,
+        &mut hyper.kv_heads,
+        &mut hyper.feed_forward,
+        &mut hyper.expert_feed_forward,
+        &mut hyper.experts_used,
+        &mut hyper.compress_ratios,
+    ] {
+        mapped(list, &order);
+    }
+    for list in [
+        &mut hyper.sliding,
+        &mut hyper.recurrent,
+        &mut hyper.owns_indexer,
+    ] {
+        mapped(list, &order);
+    }
+    hyper.stored_layers = hyper.stored_layers.max(order.len() as u32);
+    deep.graph = facts.graph.clone().with_layers(&order);
+    deep
+}
+
+/// Where the short cut says something else than all layers one by one.
+fn differences(name: &str, facts: &ModelFacts, options: &[EstimateOptions]) -> Vec<String> {
     let mut workspace = Workspace::default();
     let mut wrong = Vec::new();
-    for (name, facts) in carried_models() {
-        for options in options(&facts) {
-            let Ok(resolved) = options.resolve(&facts) else {
-                continue;
-            };
-            let layout = Layout::new(facts.layer_count(), &options);
-            let batch = Batch::new(&options, &resolved, &layout);
-            let may_do_without = options.flash_attention == FlashAttention::Auto;
-            let mut each = batch.clone();
-            each.every_layer = true;
-            let quick = plan(&mut workspace, &facts, batch, may_do_without);
-            let slow = plan(&mut workspace, &facts, each, may_do_without);
-            if quick != slow {
-                wrong.push(format!(
-                    "{name}: {quick:?} is not {slow:?} with {options:?}"
-                ));
-            }
+    for options in options {
+        let Ok(resolved) = options.resolve(facts) else {
+            continue;
+        };
+        let layout = Layout::new(facts.layer_count(), options);
+        let batch = Batch::new(options, &resolved, &layout);
+        let may_do_without = options.flash_attention == FlashAttention::Auto;
+        let mut each = batch.clone();
+        each.every_layer = true;
+        let quick = plan(&mut workspace, facts, batch, may_do_without);
+        let slow = plan(&mut workspace, facts, each, may_do_without);
+        if quick != slow {
+            wrong.push(format!(
+                "{name}: {quick:?} is not {slow:?} with {options:?}"
+            ));
         }
+    }
+    wrong
+}
+
+#[test]
+fn repeated_layers_cost_what_they_cost_one_by_one() {
+    let mut wrong = Vec::new();
+    for (number, (name, facts)) in carried_models().into_iter().enumerate() {
+        wrong.extend(differences(&name, &facts, &options(&facts)));
+        let deep = deepened(&facts, DEEP);
+        let some: Vec<_> = options(&deep)
+            .into_iter()
+            .skip(number % EVERY)
+            .step_by(EVERY)
+            .collect();
+        wrong.extend(differences(&format!("{name}, {DEEP} layers"), &deep, &some));
     }
     assert!(wrong.is_empty(), "{}: {}", wrong.len(), wrong.join("\n"));
 }

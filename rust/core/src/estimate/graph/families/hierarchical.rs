@@ -2,6 +2,7 @@
 
 use super::super::attention::{AttentionInput, Extras};
 use super::super::builder::{Activation, Builder};
+use super::super::repeats::LONGEST_PERIOD;
 use super::super::tensor::TensorId;
 
 /// Where a layer stands: llama.cpp numbers every run of a layer, for each has a cache of its own.
@@ -32,6 +33,11 @@ impl Cycles {
         }
     }
 
+    /// Layers of a cycle.
+    fn length(self) -> usize {
+        self.layers.saturating_mul(self.low.saturating_add(1))
+    }
+
     fn place(self, il: usize) -> Place {
         let (run, within) = (il / self.layers, il % self.layers);
         let high = (run + 1).is_multiple_of(self.low.saturating_add(1));
@@ -53,15 +59,22 @@ pub(super) fn hrm(b: &mut Builder<'_>) {
     let mut low = b.first_weight("hrm.z_l_init");
     let mut cur = high;
     let (model, batch) = (b.model, b.batch);
-    let layers = b.layers_by(|il| {
+    let kind = |il: usize| {
         let place = cycles.place(il);
-        let flags = [il == 0, place.first, place.last, place.high];
+        let flags = [place.first, place.last, place.high];
         let kind =
             (model.kind(place.block) as u64) << 8 | u64::from(batch.layer_backend(place.block));
         flags
             .iter()
             .fold(kind, |bits, flag| bits * 2 + u64::from(*flag))
-    });
+    };
+    b.know_weights(cycles.layers * 2);
+    let layers = if cycles.length() <= LONGEST_PERIOD {
+        // a run reads what the slow stack gave before the runs of the fast one
+        b.layers_after(cycles.layers * cycles.low + 1, kind)
+    } else {
+        b.layers_by(|il| kind(il) << 16 | (il / cycles.layers) as u64)
+    };
     for il in layers {
         let place = cycles.place(il);
         b.enter_with_weights_of(il, place.block);

@@ -3,6 +3,7 @@
 use super::super::attention::{AttentionInput, Extras};
 use super::super::builder::{Activation, Builder, NONE, Norm};
 use super::super::experts::{ExpertActivation, Gating};
+use super::super::repeats::LEADING_LAYERS;
 use super::super::states::StateInput;
 use super::super::tensor::TensorId;
 use super::mamba::{mamba1, mamba2, plamo2 as plamo2_states, short_convolution};
@@ -114,7 +115,9 @@ pub(super) fn nemotron(b: &mut Builder<'_>) {
         .iter()
         .map(|width| *width != 0)
         .collect();
-    for il in b.layers_by(|il| u64::from(feeds.get(il) == Some(&true))) {
+    // a feed-forward layer leaves all of itself for the next one to finish
+    let lead = LEADING_LAYERS + 1;
+    for il in b.layers_after(lead, |il| u64::from(feeds.get(il) == Some(&true))) {
         b.enter(il);
         let residual = cur;
         let normed = b.rms(cur, "attn_norm");
