@@ -22,34 +22,9 @@ def write_stretched(header: lg.Header, path: Path, layers: int) -> Path:
     The pattern in which the layers behind the leading dense ones follow each other goes on.
     """
     architecture = header.architecture
-
-    def number(key: str) -> int:
-        value = header.metadata.get(f"{architecture}.{key}", 0)
-        return value if isinstance(value, int) else 0
-
-    have, leading = number("block_count"), number("leading_dense_block_count")
-    tail = number("nextn_predict_layers")
-    by_layer: dict[int, list[lg.Tensor]] = {}
-    for tensor in header.tensors:
-        match = re.match(r"blk\.(\d+)\.", tensor.name)
-        by_layer.setdefault(int(match[1]) if match else -1, []).append(tensor)
-    per_layer = [
-        value for value in header.metadata.values() if isinstance(value, tuple) and len(value) == have
-    ]
-
-    def kind(layer: int) -> Any:
-        own = {re.sub(r"\d+", "", tensor.name, count=1): tensor for tensor in by_layer.get(layer, [])}
-        shapes = sorted((name, tensor.shape, tensor.type) for name, tensor in own.items())
-        return shapes, [value[layer] for value in per_layer]
-
-    first = leading if leading < have - tail else 0
-    body = [kind(layer) for layer in range(first, have - tail)]
-    period = next(period for period in range(1, len(body) + 1) if body[period:] == body[: len(body) - period])
-    order = list(range(have - tail))
-    while len(order) + tail < layers:
-        order.append(order[-period])
-    order += range(have - tail, have)
-
+    have = _number(header, "block_count")
+    by_layer = _tensors_by_layer(header)
+    order = _order(header, by_layer, layers)
     entries: list[Entry] = []
     for key, value in header.metadata.items():
         if key == f"{architecture}.block_count":
@@ -71,6 +46,40 @@ def write_stretched(header: lg.Header, path: Path, layers: int) -> Path:
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size + offset)
     return path
+
+
+def _number(header: lg.Header, key: str) -> int:
+    value = header.metadata.get(f"{header.architecture}.{key}", 0)
+    return value if isinstance(value, int) else 0
+
+
+def _tensors_by_layer(header: lg.Header) -> dict[int, list[lg.Tensor]]:
+    """Those that belong to no layer are under -1."""
+    by_layer: dict[int, list[lg.Tensor]] = {}
+    for tensor in header.tensors:
+        match = re.match(r"blk\.(\d+)\.", tensor.name)
+        by_layer.setdefault(int(match[1]) if match else -1, []).append(tensor)
+    return by_layer
+
+
+def _order(header: lg.Header, by_layer: dict[int, list[lg.Tensor]], layers: int) -> list[int]:
+    """The old number of each layer."""
+    have, tail = _number(header, "block_count"), _number(header, "nextn_predict_layers")
+    lists = [value for value in header.metadata.values() if isinstance(value, tuple) and len(value) == have]
+
+    def kind(layer: int) -> Any:
+        own = by_layer.get(layer, [])
+        shapes = sorted((re.sub(r"\d+", "", one.name, count=1), one.shape, one.type) for one in own)
+        return shapes, [value[layer] for value in lists]
+
+    leading = _number(header, "leading_dense_block_count")
+    first = leading if leading < have - tail else 0
+    body = [kind(layer) for layer in range(first, have - tail)]
+    period = next(period for period in range(1, len(body) + 1) if body[period:] == body[: len(body) - period])
+    order = list(range(have - tail))
+    while len(order) + tail < layers:
+        order.append(order[-period])
+    return order + list(range(have - tail, have))
 
 
 def encoded(value: Any) -> tuple[int, bytes]:
