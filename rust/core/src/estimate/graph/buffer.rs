@@ -106,34 +106,33 @@ impl Buffer {
     }
 
     /// Gives bytes back. Empty blocks count as neighbours, too (`ggml_dyn_tallocr_free_bytes`).
+    /// Joins the first block in the list that the bytes touch, or stands alone before the first that lies behind them. The list is not
+    /// always sorted: a block of no bytes can end up behind the open end.
     pub(super) fn release(&mut self, offset: i64, bytes: i64) {
-        let freed = Block {
-            start: offset,
-            bytes,
-        };
-        let touches = |block: &Block| block.end() == freed.start || freed.end() == block.start;
-        let Some(index) = self.free.iter().position(touches) else {
-            let behind = self.free.partition_point(|block| block.start < offset);
-            self.free.insert(behind, freed);
-            return;
-        };
-        let next = self.free.get(index + 1).copied();
-        let Some(block) = self.free.get_mut(index) else {
-            return;
-        };
-        if block.end() != freed.start {
-            *block = Block {
+        let end = offset.saturating_add(bytes);
+        let touches = |block: &Block| block.end() == offset || block.start == end;
+        let Some(at) = self.free.iter().position(touches) else {
+            let behind = self.free.iter().position(|block| block.start >= offset);
+            let alone = Block {
                 start: offset,
-                bytes: bytes.saturating_add(block.bytes),
+                bytes,
             };
+            self.free.insert(behind.unwrap_or(self.free.len()), alone);
             return;
-        }
+        };
+        let next = self.free.get(at + 1).copied();
+        let Some(block) = self.free.get_mut(at) else {
+            return;
+        };
+        let before = block.end() == offset;
         block.bytes = block.bytes.saturating_add(bytes);
-        if let Some(next) = next
-            && block.end() == next.start
+        if !before {
+            block.start = offset;
+        } else if let Some(next) = next
+            && next.start == end
         {
             block.bytes = block.bytes.saturating_add(next.bytes);
-            self.free.remove(index + 1);
+            self.free.remove(at + 1);
         }
     }
 }

@@ -39,6 +39,16 @@ fn unrotated(b: &mut Builder<'_>, inputs: Inputs, cur: TensorId) -> TensorId {
 }
 
 fn rotated(b: &mut Builder<'_>, inputs: Inputs, cur: TensorId, factors: TensorId) -> TensorId {
+    rotated_with(b, inputs, cur, factors, Extras::default())
+}
+
+fn rotated_with(
+    b: &mut Builder<'_>,
+    inputs: Inputs,
+    cur: TensorId,
+    factors: TensorId,
+    extras: Extras,
+) -> TensorId {
     let [mut q, mut k, v] = b.qkv(cur);
     if b.has("attn_q_norm") {
         q = b.rms(q, "attn_q_norm");
@@ -46,7 +56,7 @@ fn rotated(b: &mut Builder<'_>, inputs: Inputs, cur: TensorId, factors: TensorId
     }
     let q = b.g.rope(q, inputs.positions, factors);
     let k = b.g.rope(k, inputs.positions, factors);
-    b.attend(inputs.attention, [q, k, v], Extras::default())
+    b.attend(inputs.attention, [q, k, v], extras)
 }
 
 fn end(b: &mut Builder<'_>, cur: TensorId, unaries: u8) {
@@ -167,7 +177,13 @@ pub(super) fn falcon(b: &mut Builder<'_>) {
     for il in b.layers() {
         b.enter(il);
         let normed = b.rms(cur, "attn_norm");
-        let attended = rotated(b, inputs, normed, NONE);
+        let bare = Extras {
+            output: "",
+            ..Extras::default()
+        };
+        let attended = rotated_with(b, inputs, normed, NONE, bare);
+        // llama.cpp loads the bias of attn_output and does not add it
+        let attended = b.project("attn_output", attended);
         let normed = b.rms(cur, "attn_norm");
         let mixed = mamba2(b, inputs.states, normed);
         let both = b.g.add(attended, mixed);
@@ -175,7 +191,8 @@ pub(super) fn falcon(b: &mut Builder<'_>) {
         if b.is_last() {
             middle = b.g.get_rows(middle, inputs.outputs);
         }
-        let normed = b.rms(middle, "ffn_norm");
+        let weight = b.exact("ffn_norm");
+        let normed = b.norm_with(middle, weight, NONE, Norm::Rms);
         let fed = b.ffn(normed, Activation::Gated);
         cur = b.g.add(fed, middle);
     }

@@ -228,7 +228,10 @@ pub(super) fn kimi(b: &mut Builder<'_>, input: StateInput, normed: TensorId) -> 
     let beta = step(b, normed, s);
     let out = updated(b, input, [q, k, v, gate, beta], s);
     let gate = if b.has("ssm_g") {
-        b.matmul("ssm_g", normed)
+        let width = b.g.ne(normed)[0];
+        let apart = b.g.reshape_3d(normed, width, s.tokens, s.seqs);
+        let flat = b.g.reshape_2d(apart, width, n_tokens);
+        b.matmul("ssm_g", flat)
     } else {
         let low = b.matmul("ssm_g_a", normed);
         b.matmul("ssm_g_b", low)
