@@ -1,9 +1,10 @@
 // Writes the headers of tiny models: those of llama.cpp's own architecture test (compiled in), with other hyper-parameters.
 //
 // A line on stdin is a model: `ARCHITECTURE dense|moe PATH [LAYERS [KEY=NUMBER ...]]`. KEY is one after `ARCHITECTURE.`, or
-// `vocabulary`, or `raw`, which saves the keys given here and not what llama.cpp makes of them; NUMBER may be a list, or `-` to
-// leave the key out. Lists with an entry per layer are repeated to the new length. Each model is made in a child of its own,
-// because impossible ones abort. With an argument the architectures are listed: name, experts mandatory, experts possible.
+// `vocabulary`, or `raw`, which saves the keys given here and not what llama.cpp makes of them, or `without`, which leaves out the
+// tensors of that name; NUMBER may be a list, or `-` to leave the key out. Lists with an entry per layer are repeated to the new
+// length. Each model is made in a child of its own, because impossible ones abort. With an argument the architectures are
+// listed: name, experts mandatory, experts possible.
 //
 // Built by ground_truth.py against the libraries of a llama.cpp build.
 
@@ -74,19 +75,23 @@ static void set_layers(gguf_context * keys, const std::string & prefix, size_t f
 
 // The header as llama.cpp saves it, or (where it cannot) with the keys the model was made from, and the full length: the
 // weights are a hole.
-static void write_header(const llama_model * model, const gguf_context * keys, bool saves, const std::string & path) {
+static void write_header(const llama_model * model, const gguf_context * keys, bool saves, const std::string & without, const std::string & path) {
     gguf_context_ptr own(gguf_init_empty());
     gguf_context * header = own.get();
     std::unique_ptr<llama_model_saver> saver;
     if (saves) {
         saver = std::make_unique<llama_model_saver>(model);
         saver->add_kv_from_model();
-        saver->add_tensors_from_model();
         header = saver->gguf_ctx;
     } else {
         gguf_set_kv(header, keys);
+    }
+    if (saves && without.empty()) {
+        saver->add_tensors_from_model();
+    } else {
         for (const auto & [name, tensor] : llama_internal_get_tensor_map(model)) {
-            if (gguf_find_tensor(header, name.c_str()) < 0) {
+            const bool left_out = !without.empty() && name.find("." + without + ".") != std::string::npos;
+            if (!left_out && gguf_find_tensor(header, name.c_str()) < 0) {
                 gguf_add_tensor(header, tensor);
             }
         }
@@ -106,6 +111,7 @@ static int write_one(const std::string & line) {
     std::string name, kind, path, setting;
     size_t layers = 0;
     words >> name >> kind >> path >> layers;
+    std::string without;
     bool saves = true;
     for (const llm_arch & arch : llm_arch_all()) {
         if (name != llm_arch_name(arch)) {
@@ -123,6 +129,8 @@ static int write_one(const std::string & line) {
             const std::string text = setting.substr(equals + 1);
             if (key == "raw") {
                 saves = false;
+            } else if (key == "without") {
+                without = text;
             } else if (key == "vocabulary") {
                 set_vocabulary(keys.get(), prefix, std::stoul(text));
             } else if (text.find(',') != std::string::npos) {
@@ -148,7 +156,7 @@ static int write_one(const std::string & line) {
         if (model == nullptr) {
             return 1;
         }
-        write_header(model, keys.get(), saves, path);
+        write_header(model, keys.get(), saves, without, path);
         return 0;
     }
     return 2;

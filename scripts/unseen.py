@@ -21,6 +21,9 @@ EXTRA = {
     "nomic-bert-moe": "raw=1 tokenizer.ggml.token_type_count=2 moe_every_n_layers=2",
     **dict.fromkeys(("modern-bert", "neo-bert", "eurobert", "wavtokenizer-dec"), "raw=1"),
     "gemma4": "raw=1 attention.sliding_window_pattern=1,1,0,1,1,0,1,1,0,1,1,0",
+    "rwkv6qwen2": "token_shift_count=1 without=time_mix_first",
+    "graniteswitch": "raw=1 adapters.count=2 adapters.lora_rank=8"
+    " adapters.token_ids_activate=3,4 adapters.token_ids_substitute=5,6",
     "rwkv7": "attention.decay_lora_rank=64 attention.iclr_lora_rank=64"
     " attention.value_residual_mix_lora_rank=32 attention.gate_lora_rank=128",
 }
@@ -28,7 +31,7 @@ EXTRA = {
 FIXED_HEADS = {
     *("plamo2", "jamba", "nemotron_h", "nemotron_h_moe", "granitehybrid", "lfm2", "lfm2moe", "kimi-linear"),
     *("bailingmoe3", "kimi-k3", "glm5-next", "qwen3next", "qwen35", "qwen35moe", "gemma3n", "gemma4"),
-    *("deepseek4", "hrm_text", "rwkv6", "rwkv7"),
+    *("deepseek4", "hrm_text", "rwkv6", "rwkv6qwen2", "rwkv7"),
 }
 CACHE_TYPES = ["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
 
@@ -48,6 +51,8 @@ def model_line(architecture: str, kind: str, path: Path, rng: random.Random) -> 
     settings.append(f"feed_forward_length={rng.choice([256, 384, 512, 1024, 1536, 2816])}")
     settings.append(f"context_length={rng.choice([256, 2048, 8192, 32768])}")
     settings.append(f"attention.sliding_window={rng.choice([32, 128, 512, 1024, 4096])}")
+    if architecture == "chameleon":
+        settings.append(f"swin_norm={rng.choice([0, 1])}")
     if architecture != "qwen3tts":
         settings.append(f"vocabulary={rng.choice([128, 1000, 5003, 32000])}")
     if kind == "moe":

@@ -181,6 +181,8 @@ pub(super) enum Part {
     FirstLayerUnnormed,
     /// Norms before the last projection of both blocks (`BitNet`).
     InnerNorms,
+    /// The feed-forward block reads what attention gives, not the sum (Chameleon with swin norm).
+    FedByAttention,
 }
 
 impl Decoder {
@@ -473,6 +475,7 @@ impl Decoder {
                     b.g.add(attention, branch.input)
                 };
                 let source = match self.second_norm {
+                    _ if self.part == Part::FedByAttention => attention,
                     Some(name) if name != "ffn_norm" || b.has(name) || self.first_norm => {
                         self.second(b, middle, name, branch)
                     }

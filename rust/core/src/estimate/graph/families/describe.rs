@@ -176,12 +176,26 @@ pub(super) fn describe(b: &Builder<'_>) -> Option<Decoder> {
             part: Part::FirstLayerUnnormed,
             ..LAYER_NORM
         },
-        "chameleon" if !b.model.flag("swin_norm") => Decoder {
-            head_norms: HeadNorms::Before(Norm::Layer),
-            head: Head::WithoutImages,
-            factors: false,
-            ..PLAIN
-        },
+        "chameleon" => {
+            let plain = Decoder {
+                head_norms: HeadNorms::Before(Norm::Layer),
+                head: Head::WithoutImages,
+                factors: false,
+                ..PLAIN
+            };
+            if b.model.flag("swin_norm") {
+                Decoder {
+                    first_norm: false,
+                    after_attention: Some("attn_norm"),
+                    second_norm: None,
+                    after_ffn: Some("ffn_norm"),
+                    part: Part::FedByAttention,
+                    ..plain
+                }
+            } else {
+                plain
+            }
+        }
         "bitnet" => Decoder {
             factors: false,
             head: Head::InputMatrix,

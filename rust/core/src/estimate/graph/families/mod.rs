@@ -1,6 +1,7 @@
 //! Model graphs, one short description per family (`src/models/*.cpp`).
 
 mod blocks;
+mod codec;
 mod compressor;
 mod decoder;
 mod deepseek4;
@@ -24,6 +25,7 @@ mod rwkv;
 mod sparse;
 mod special;
 mod streams;
+mod switch;
 mod t5;
 
 use super::builder::Builder;
@@ -88,6 +90,8 @@ fn own_graph(architecture: &str) -> Option<fn(&mut Builder<'_>)> {
         "rwkv6" | "rwkv7" | "rwkv6qwen2" | "arwkv7" => rwkv::rwkv,
         "t5" => t5::t5,
         "t5encoder" => t5::encoder,
+        "graniteswitch" => switch::granite_switch,
+        "wavtokenizer-dec" => codec::wavtokenizer,
         _ => return None,
     })
 }
