@@ -422,6 +422,7 @@ impl Builder<'_> {
             let v = half(self, v);
             cur = self.g.flash_attention([q, k, v, mask, extras.sinks]);
             self.g.fused.push((Fused::Attention, cur, self.layer()));
+            self.give_up_if_stray(cur);
             if extras.value_expansion.is_some() {
                 cur = self.g.permute(cur, [0, 2, 1, 3]);
                 cur = self.g.mul_mat(extras.value_expansion, cur);

@@ -59,6 +59,8 @@ pub(super) struct Builder<'a> {
     known_again: Vec<Vec<TensorId>>,
     /// The batch's token numbers.
     pub(super) tokens: TensorId,
+    /// Whether flash attention that runs elsewhere than its layer is given up everywhere.
+    pub(super) may_give_up: bool,
     /// Operations between the raw scores and the softmax without flash attention (soft capping).
     pub(super) score_unaries: u8,
 }
@@ -106,6 +108,24 @@ const CLAMP: &str = "swiglu_clamp_shexp";
 /// Spreads numbers that are hashed.
 const MIXER: u64 = 0x9e37_79b9_7f4a_7c15;
 
+/// The layers to build, in order; none are left once the graph was given up.
+pub(super) struct Layers<'a> {
+    numbers: std::vec::IntoIter<usize>,
+    batch: &'a Batch<'a>,
+}
+
+impl Iterator for Layers<'_> {
+    type Item = usize;
+
+    fn next(&mut self) -> Option<usize> {
+        if self.batch.is_given_up() {
+            None
+        } else {
+            self.numbers.next()
+        }
+    }
+}
+
 impl<'a> Builder<'a> {
     pub(super) fn new(
         g: &'a mut Graph,
@@ -128,6 +148,7 @@ impl<'a> Builder<'a> {
             known_shared: Vec::new(),
             known_again: Vec::new(),
             tokens: NONE,
+            may_give_up: batch.may_give_up,
             score_unaries: 0,
         }
     }
@@ -189,17 +210,17 @@ impl<'a> Builder<'a> {
     }
 
     /// The layers to build: of those that repeat only some (see [`repeats`](super::repeats)).
-    pub(super) fn layers(&mut self) -> Vec<usize> {
+    pub(super) fn layers(&mut self) -> Layers<'a> {
         self.layers_by(|_| 0)
     }
 
     /// The same where layers differ in more than their tensors; `mark` tells those apart.
-    pub(super) fn layers_by(&mut self, mark: impl Fn(usize) -> u64) -> Vec<usize> {
+    pub(super) fn layers_by(&mut self, mark: impl Fn(usize) -> u64) -> Layers<'a> {
         self.layers_after(LEADING_LAYERS, mark)
     }
 
     /// The same where a layer reads what more than two layers before it made, or finishes what more than one began.
-    pub(super) fn layers_after(&mut self, lead: usize, mark: impl Fn(usize) -> u64) -> Vec<usize> {
+    pub(super) fn layers_after(&mut self, lead: usize, mark: impl Fn(usize) -> u64) -> Layers<'a> {
         let kinds = self.kinds(mark);
         self.representatives(&kinds, lead)
     }
@@ -240,7 +261,7 @@ impl<'a> Builder<'a> {
     }
 
     /// The same where a layer reads what layer `owner` of it made: layers are alike if their owners are, too.
-    pub(super) fn layers_by_owner(&mut self, owner: impl Fn(usize) -> usize) -> Vec<usize> {
+    pub(super) fn layers_by_owner(&mut self, owner: impl Fn(usize) -> usize) -> Layers<'a> {
         let kinds = self.kinds(|il| u64::from(owner(il) == il));
         let with_owner = |il: usize| {
             let of = kinds.get(owner(il)).copied().unwrap_or_default();
@@ -250,13 +271,30 @@ impl<'a> Builder<'a> {
         self.representatives(&kinds, LEADING_LAYERS)
     }
 
-    fn representatives(&mut self, kinds: &[u64], lead: usize) -> Vec<usize> {
-        if self.batch.every_layer {
-            return (0..kinds.len()).collect();
+    fn representatives(&mut self, kinds: &[u64], lead: usize) -> Layers<'a> {
+        let built = if self.batch.every_layer {
+            (0..kinds.len()).collect()
+        } else {
+            let (built, repeats) = super::repeats::representatives(kinds, lead);
+            self.g.repeats = repeats;
+            built
+        };
+        Layers {
+            numbers: built.into_iter(),
+            batch: self.batch,
         }
-        let (built, repeats) = super::repeats::representatives(kinds, lead);
-        self.g.repeats = repeats;
-        built
+    }
+
+    /// Gives up flash attention where no kernel of the layer's device runs this one.
+    pub(super) fn give_up_if_stray(&self, attention: TensorId) {
+        let on_device = self.batch.layer_backend(self.il) != self.batch.cpu();
+        if self.may_give_up
+            && self.batch.cuda
+            && on_device
+            && !super::cuda::supports_flash_attention(self.g, self.g.get(attention))
+        {
+            self.batch.give_up();
+        }
     }
 
     pub(super) fn is_last(&self) -> bool {

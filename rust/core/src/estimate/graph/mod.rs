@@ -104,10 +104,13 @@ fn plan(
     mut batch: Batch<'_>,
     may_do_without: bool,
 ) -> Option<ComputeBytes> {
-    let exact = families::build(&mut w.graph, facts, &batch)?;
     let asks = may_do_without && batch.may_stray(&facts.hyperparameters);
-    if asks && !w.schedule.runs_at_home(&w.graph, &batch, Fused::Attention) {
-        batch.flash_attention = false;
+    batch.may_give_up = asks;
+    let exact = families::build(&mut w.graph, facts, &batch)?;
+    let strays = asks
+        && (batch.is_given_up() || !w.schedule.runs_at_home(&w.graph, &batch, Fused::Attention));
+    if strays {
+        batch.do_without();
         families::build(&mut w.graph, facts, &batch);
     }
     if batch.has_host_layers() && !w.schedule.runs_at_home(&w.graph, &batch, Fused::Spread) {

@@ -1,5 +1,7 @@
 //! The batch that llama.cpp reserves buffers for (`llama-context.cpp`, `sched_reserve` and `graph_reserve`).
 
+use std::cell::Cell;
+
 use super::super::context::{compressed_cells, window_cells};
 use super::super::{Backend, CpuMoe, EstimateOptions, Layout, Resolved};
 use super::buffer::BufferRules;
@@ -38,6 +40,10 @@ pub(super) struct Batch<'a> {
     pub(super) cuda: bool,
     /// Repeating layers are planned one and all: slower, for checks.
     pub(super) every_layer: bool,
+    /// Flash attention is given up everywhere should one run elsewhere than its layer.
+    pub(super) may_give_up: bool,
+    /// One does: the graph is not finished.
+    given_up: Cell<bool>,
 }
 
 impl<'a> Batch<'a> {
@@ -70,7 +76,25 @@ impl<'a> Batch<'a> {
             },
             cuda: options.backend == Backend::Cuda,
             every_layer: false,
+            may_give_up: false,
+            given_up: Cell::new(false),
         }
+    }
+
+    /// Ends the graph with the current layer: another one without flash attention takes its place.
+    pub(super) fn give_up(&self) {
+        self.given_up.set(true);
+    }
+
+    pub(super) fn is_given_up(&self) -> bool {
+        self.given_up.get()
+    }
+
+    /// Attends without flash attention from now on.
+    pub(super) fn do_without(&mut self) {
+        self.flash_attention = false;
+        self.may_give_up = false;
+        self.given_up.set(false);
     }
 
     /// Cells of a sliding cache, per stream.

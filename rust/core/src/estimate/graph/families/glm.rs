@@ -17,6 +17,7 @@ pub(super) fn next(b: &mut Builder<'_>) {
         return;
     };
     let pools = Pools::of(b);
+    b.may_give_up &= !pools.gathers(b, b.n_seqs);
     let outputs = b.output_ids();
     let owners = owners(b, |il| !b.hyper.is_recurrent(il as u32));
     let mut cur = streams::spread(b, embeddings);
