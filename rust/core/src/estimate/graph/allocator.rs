@@ -31,8 +31,7 @@ impl Allocator {
         self.buffers.resize_with(rules.len(), Buffer::default);
         self.buffers.iter_mut().for_each(Buffer::reset);
         // tensors that a graph lacks are places that nothing asks for
-        self.places
-            .resize(self.places.len().max(graph.tensors.len()), 0);
+        self.places.resize(self.places.len().max(graph.len()), 0);
         let mut player = Player {
             buffers: &mut self.buffers,
             places: &mut self.places,

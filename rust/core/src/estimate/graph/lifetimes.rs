@@ -107,7 +107,7 @@ impl Lifetimes {
         rules: &[BufferRules],
     ) -> Option<&Program> {
         self.lives.clear();
-        self.lives.resize(graph.tensors.len(), Lifetime::default());
+        self.lives.resize(graph.len(), Lifetime::default());
         self.program.changes.clear();
         self.program.rounds.clear();
         self.program.reserves.clear();

@@ -4,12 +4,14 @@
 use crate::gguf::GgmlType;
 
 use super::repeats::Repeat;
-use super::tensor::{MAX_SOURCES, Op, Storage, Tensor, TensorId, contiguous_strides};
+use super::tensor::{Op, Storage, Tensor, TensorId, contiguous_strides};
 
 /// A graph under construction: an arena of tensors, and the nodes and leaves in llama.cpp's order.
 #[derive(Debug, Default)]
 pub(super) struct Graph {
-    pub(super) tensors: Vec<Tensor>,
+    /// Tensors of this graph and, behind them, of earlier ones.
+    tensors: Vec<Tensor>,
+    count: usize,
     pub(super) nodes: Vec<TensorId>,
     pub(super) leaves: Vec<TensorId>,
     /// Tensors and nodes there were when each layer began.
@@ -29,6 +31,9 @@ pub(super) enum Fused {
     Spread,
 }
 
+/// Tensors that the arena grows by.
+const GROWTH: usize = 256;
+
 /// Where a layer begins.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Mark {
@@ -36,24 +41,11 @@ pub(super) struct Mark {
     pub(super) nodes: usize,
 }
 
-const NOTHING: Tensor = Tensor {
-    op: Op::Leaf,
-    element: GgmlType::F32,
-    storage: Storage::Planned,
-    is_input: false,
-    is_output: false,
-    visited: true,
-    source_count: 0,
-    view_of: TensorId::NONE,
-    sources: [TensorId::NONE; MAX_SOURCES],
-    own_bytes: 0,
-    ne: [0; 4],
-    nb: [0; 4],
-};
+static NOTHING: Tensor = Tensor::EMPTY;
 
 impl Graph {
     pub(super) fn clear(&mut self) {
-        self.tensors.clear();
+        self.count = 0;
         self.nodes.clear();
         self.leaves.clear();
         self.marks.clear();
@@ -64,7 +56,7 @@ impl Graph {
     /// Notes that a layer begins.
     pub(super) fn mark(&mut self) {
         self.marks.push(Mark {
-            tensors: self.tensors.len(),
+            tensors: self.count,
             nodes: self.nodes.len(),
         });
     }
@@ -86,17 +78,41 @@ impl Graph {
         self.get(id).element
     }
 
-    pub(super) fn push(&mut self, tensor: Tensor) -> TensorId {
-        let id = TensorId(u32::try_from(self.tensors.len()).unwrap_or(u32::MAX));
-        self.tensors.push(tensor);
-        id
+    pub(super) fn get_mut(&mut self, id: TensorId) -> Option<&mut Tensor> {
+        self.tensors.get_mut(id.index())
+    }
+
+    /// Tensors there are.
+    pub(super) fn len(&self) -> usize {
+        self.count
+    }
+
+    /// A new contiguous tensor, and its place.
+    #[inline]
+    pub(super) fn fresh(
+        &mut self,
+        op: Op,
+        element: GgmlType,
+        ne: [i64; 4],
+    ) -> (TensorId, &mut Tensor) {
+        let index = self.count;
+        if index >= self.tensors.len() {
+            self.tensors.resize(index + GROWTH, Tensor::EMPTY);
+        }
+        self.count += 1;
+        let id = TensorId(u32::try_from(index).unwrap_or(u32::MAX));
+        // the arena has just been made large enough
+        let last = self.tensors.len() - 1;
+        let tensor = &mut self.tensors[index.min(last)];
+        tensor.begin(op, element, ne);
+        (id, tensor)
     }
 
     /// A weight, cache or state that lies on a backend already.
     pub(super) fn stored(&mut self, element: GgmlType, ne: [i64; 4], storage: Storage) -> TensorId {
-        let mut tensor = Tensor::contiguous(Op::Leaf, element, ne);
+        let (id, tensor) = self.fresh(Op::Leaf, element, ne);
         tensor.storage = storage;
-        self.push(tensor)
+        id
     }
 
     /// Gives a weight the shape that llama.cpp loads it with, where files keep another.
@@ -107,9 +123,9 @@ impl Graph {
 
     /// A tensor that the caller fills before every run.
     pub(super) fn input(&mut self, element: GgmlType, ne: [i64; 4]) -> TensorId {
-        let mut tensor = Tensor::contiguous(Op::Leaf, element, ne);
+        let (id, tensor) = self.fresh(Op::Leaf, element, ne);
         tensor.is_input = true;
-        self.push(tensor)
+        id
     }
 
     /// The caller reads this one: its memory is never given to another (`ggml_set_output`).
@@ -121,7 +137,7 @@ impl Graph {
 
     /// A fresh tensor without sources that is no input.
     pub(super) fn blank(&mut self, element: GgmlType, ne: [i64; 4]) -> TensorId {
-        self.push(Tensor::contiguous(Op::Leaf, element, ne))
+        self.fresh(Op::Leaf, element, ne).0
     }
 
     /// A new contiguous result of `op`.
@@ -132,9 +148,9 @@ impl Graph {
         ne: [i64; 4],
         sources: &[TensorId],
     ) -> TensorId {
-        let mut tensor = Tensor::contiguous(op, element, ne);
-        set_sources(&mut tensor, sources);
-        self.push(tensor)
+        let (id, tensor) = self.fresh(op, element, ne);
+        tensor.read(sources);
+        id
     }
 
     /// A result with the type and shape of `a`.
@@ -145,15 +161,14 @@ impl Graph {
 
     /// A result that is a view of all of `a` (`ggml_view_tensor`).
     fn over(&mut self, op: Op, a: TensorId, sources: &[TensorId]) -> TensorId {
-        let mut tensor = self.get(a).clone();
-        tensor.op = op;
-        tensor.storage = Storage::Planned;
-        tensor.is_input = false;
-        tensor.is_output = false;
-        tensor.visited = false;
-        tensor.view_of = self.root(a);
-        set_sources(&mut tensor, sources);
-        self.push(tensor)
+        let (element, ne, nb, root) = (self.element(a), self.ne(a), self.nb(a), self.root(a));
+        let own_bytes = self.get(a).own_bytes;
+        let (id, tensor) = self.fresh(op, element, ne);
+        tensor.nb = nb;
+        tensor.own_bytes = own_bytes;
+        tensor.view_of = root;
+        tensor.read(sources);
+        id
     }
 
     fn root(&self, a: TensorId) -> TensorId {
@@ -165,21 +180,23 @@ impl Graph {
 
     /// `ggml_view_4d`; strides `nb` are those of dimensions 1 to 3.
     pub(super) fn view(&mut self, a: TensorId, ne: [i64; 4], nb: [i64; 3]) -> TensorId {
-        let mut tensor = Tensor::contiguous(Op::View, self.element(a), ne);
+        let (element, root) = (self.element(a), self.root(a));
+        let (id, tensor) = self.fresh(Op::View, element, ne);
         let [b1, b2, b3] = nb;
         let [b0, ..] = tensor.nb;
         tensor.nb = [b0, b1, b2, b3];
-        tensor.view_of = self.root(a);
-        set_sources(&mut tensor, &[a]);
-        self.push(tensor)
+        tensor.view_of = root;
+        tensor.read(&[a]);
+        id
     }
 
     /// `ggml_view_1d`.
     pub(super) fn view_1d(&mut self, a: TensorId, n: i64) -> TensorId {
-        let mut tensor = Tensor::contiguous(Op::View, self.element(a), [n, 1, 1, 1]);
-        tensor.view_of = self.root(a);
-        set_sources(&mut tensor, &[a]);
-        self.push(tensor)
+        let (element, root) = (self.element(a), self.root(a));
+        let (id, tensor) = self.fresh(Op::View, element, [n, 1, 1, 1]);
+        tensor.view_of = root;
+        tensor.read(&[a]);
+        id
     }
 
     /// `ggml_view_2d`.
@@ -195,10 +212,11 @@ impl Graph {
     }
 
     pub(super) fn reshape(&mut self, a: TensorId, ne: [i64; 4]) -> TensorId {
-        let mut tensor = Tensor::contiguous(Op::View, self.element(a), ne);
-        tensor.view_of = self.root(a);
-        set_sources(&mut tensor, &[a]);
-        self.push(tensor)
+        let (element, root) = (self.element(a), self.root(a));
+        let (id, tensor) = self.fresh(Op::View, element, ne);
+        tensor.view_of = root;
+        tensor.read(&[a]);
+        id
     }
 
     pub(super) fn reshape_2d(&mut self, a: TensorId, n0: i64, n1: i64) -> TensorId {
@@ -302,7 +320,7 @@ impl Graph {
         let id = self.result(Op::Other, element, ne, &[a]);
         // ggml_cast names the result as its own second source
         if let Some(tensor) = self.tensors.get_mut(id.index()) {
-            set_sources(tensor, &[a, id]);
+            tensor.read(&[a, id]);
         }
         id
     }
@@ -472,18 +490,5 @@ impl Graph {
         } else {
             self.nodes.push(id);
         }
-    }
-}
-
-/// Absent sources (no mask, no bias) are left out: nothing depends on a source's number, only on the order.
-fn set_sources(tensor: &mut Tensor, sources: &[TensorId]) {
-    tensor.source_count = 0;
-    for (slot, source) in tensor
-        .sources
-        .iter_mut()
-        .zip(sources.iter().filter(|source| source.is_some()))
-    {
-        *slot = *source;
-        tensor.source_count += 1;
     }
 }

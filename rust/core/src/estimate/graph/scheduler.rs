@@ -107,7 +107,7 @@ impl Schedule {
         let assigned = std::mem::take(&mut self.assigned);
         if !assigned {
             self.backend_of.clear();
-            self.backend_of.resize(graph.tensors.len(), UNASSIGNED);
+            self.backend_of.resize(graph.len(), UNASSIGNED);
         }
         if backends.devices == 0 {
             self.nodes.extend(graph.nodes.iter().map(|node| (*node, 0)));
@@ -123,7 +123,6 @@ impl Schedule {
         self.copy_of.clear();
         self.copy_of.resize(
             graph
-                .tensors
                 .len()
                 .saturating_mul(usize::from(backends.devices) + 1),
             TensorId::NONE,
@@ -140,7 +139,7 @@ impl Schedule {
             return true;
         }
         self.backend_of.clear();
-        self.backend_of.resize(graph.tensors.len(), UNASSIGNED);
+        self.backend_of.resize(graph.len(), UNASSIGNED);
         // the graph that llama.cpp asks with has too few tokens to offload anything
         self.assign(
             graph,
@@ -442,7 +441,7 @@ impl Schedule {
 
     /// Pass 5: splits, and the copies each needs.
     fn split(&mut self, graph: &mut Graph, backends: Backends) {
-        let known = graph.tensors.len();
+        let known = graph.len();
         let first = graph
             .nodes
             .iter()
@@ -500,8 +499,7 @@ impl Schedule {
                     self.copied.push((source, copy));
                 }
                 if let Some(entry) = graph
-                    .tensors
-                    .get_mut(id.index())
+                    .get_mut(id)
                     .and_then(|tensor| tensor.sources.get_mut(slot))
                 {
                     *entry = copy;
@@ -524,7 +522,7 @@ impl Schedule {
         if backends.copies > 1 {
             for leaf in inputs {
                 let backend = self.backend(leaf);
-                if let Some(tensor) = graph.tensors.get_mut(leaf.index()) {
+                if let Some(tensor) = graph.get_mut(leaf) {
                     tensor.is_output = true;
                 }
                 self.leaves.push((leaf, backend));
@@ -585,26 +583,24 @@ fn brings_foreign_weight(graph: &Graph, tensor: &Tensor, backend: u8) -> bool {
 
 fn copy_of(graph: &mut Graph, id: TensorId, copies: usize) -> TensorId {
     let source = graph.get(id);
-    let (ne, nb) = (source.ne, source.nb);
-    let mut copy = Tensor::contiguous(Op::Leaf, source.element, ne);
+    let (element, ne, nb) = (source.element, source.ne, source.nb);
+    let (id, copy) = graph.fresh(Op::Leaf, element, ne);
     copy.nb = nb;
     copy.own_bytes = copy.bytes();
     // pipelined copies must survive until the next batch has been read
     copy.is_input = copies > 1;
     copy.is_output = copies > 1;
-    graph.push(copy)
+    id
 }
 
 /// A node that does nothing but keep `id` alive until its copy has been made.
 fn keeper(graph: &mut Graph, id: TensorId) -> TensorId {
     let source = graph.get(id);
+    let (element, ne, nb) = (source.element, source.ne, source.nb);
     let view_of = if source.is_view() { source.view_of } else { id };
-    let mut keeper = Tensor::contiguous(Op::Leaf, source.element, source.ne);
-    keeper.nb = source.nb;
-    keeper.view_of = view_of;
-    keeper.source_count = 1;
-    if let Some(first) = keeper.sources.first_mut() {
-        *first = id;
-    }
-    graph.push(keeper)
+    let (keeper, tensor) = graph.fresh(Op::Leaf, element, ne);
+    tensor.nb = nb;
+    tensor.view_of = view_of;
+    tensor.read(&[id]);
+    keeper
 }

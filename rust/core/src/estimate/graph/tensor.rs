@@ -116,31 +116,56 @@ pub(super) struct Tensor {
 }
 
 impl Tensor {
-    /// A contiguous tensor, as `ggml_new_tensor_4d`.
-    pub(super) fn contiguous(op: Op, element: GgmlType, ne: [i64; 4]) -> Self {
+    /// Nothing.
+    pub(super) const EMPTY: Self = Self {
+        op: Op::Leaf,
+        element: GgmlType::F32,
+        storage: Storage::Planned,
+        is_input: false,
+        is_output: false,
+        visited: true,
+        source_count: 0,
+        view_of: TensorId::NONE,
+        sources: [TensorId::NONE; MAX_SOURCES],
+        own_bytes: 0,
+        ne: [0; 4],
+        nb: [0; 4],
+    };
+
+    /// Becomes a contiguous tensor without sources, as `ggml_new_tensor_4d` makes them; in its place, for copies are what building a
+    /// graph takes most of its time for.
+    #[inline]
+    pub(super) fn begin(&mut self, op: Op, element: GgmlType, ne: [i64; 4]) {
         let nb = contiguous_strides(element, ne);
-        let mut tensor = Self {
-            op,
-            element,
-            storage: Storage::Planned,
-            is_input: false,
-            is_output: false,
-            visited: false,
-            source_count: 0,
-            view_of: TensorId::NONE,
-            sources: [TensorId::NONE; MAX_SOURCES],
-            own_bytes: 0,
-            ne,
-            nb,
-        };
-        tensor.own_bytes = if block_elements(element) == 1 {
+        self.op = op;
+        self.element = element;
+        self.storage = Storage::Planned;
+        self.is_input = false;
+        self.is_output = false;
+        self.visited = false;
+        self.source_count = 0;
+        self.view_of = TensorId::NONE;
+        self.ne = ne;
+        self.nb = nb;
+        self.own_bytes = if block_elements(element) == 1 {
             let [.., n3] = ne;
             let [.., b3] = nb;
             b3.saturating_mul(n3).max(0)
         } else {
-            tensor.bytes()
+            self.bytes()
         };
-        tensor
+    }
+
+    /// Absent sources (no mask, no bias) are left out: nothing depends on a source's number, only on the order.
+    #[inline]
+    pub(super) fn read(&mut self, sources: &[TensorId]) {
+        self.source_count = 0;
+        for source in sources.iter().filter(|source| source.is_some()) {
+            if let Some(slot) = self.sources.get_mut(usize::from(self.source_count)) {
+                *slot = *source;
+                self.source_count += 1;
+            }
+        }
     }
 
     pub(super) fn sources(&self) -> impl Iterator<Item = TensorId> + '_ {
