@@ -53,6 +53,14 @@ struct Stretch {
     step: i64,
 }
 
+impl Stretch {
+    /// Where the places of the run after `run` others begin.
+    fn begin(&self, run: usize) -> i64 {
+        let run = i64::try_from(run).unwrap_or(i64::MAX);
+        self.start.saturating_add(self.step.saturating_mul(run))
+    }
+}
+
 /// What one run of a round leaves to the next.
 #[derive(Debug)]
 struct Handover {
@@ -206,7 +214,7 @@ impl Player<'_> {
                 self.play(changes);
                 usize::MAX
             } else {
-                self.play_watched(changes, stretches)
+                self.play_watched(changes, stretches, run)
             };
             changes = &again;
             run += 1;
@@ -257,9 +265,7 @@ impl Player<'_> {
     /// Puts what a round placed early where the run after `run` others finds it.
     fn shift(&mut self, reserves: &[Reserve], stretches: &[Stretch], run: usize) {
         for (reserve, stretch) in reserves.iter().zip(stretches) {
-            let mut place = stretch
-                .start
-                .saturating_add(stretch.step.saturating_mul(run as i64));
+            let mut place = stretch.begin(run);
             for (slot, bytes) in &reserve.members {
                 self.put(*slot, place);
                 place = place.saturating_add(*bytes);
@@ -285,7 +291,7 @@ impl Player<'_> {
     }
 
     /// Plays a run; gives the number of runs after it that surely take the same blocks while those of the stretches grow.
-    fn play_watched(&mut self, changes: &[Change], stretches: &[Stretch]) -> usize {
+    fn play_watched(&mut self, changes: &[Change], stretches: &[Stretch], run: usize) -> usize {
         let mut calm = i64::MAX;
         for change in changes {
             match *change {
@@ -299,7 +305,7 @@ impl Player<'_> {
                         continue;
                     };
                     let choice = buffer.choice(bytes);
-                    let growth = |block: &Block| growth(number, *block, stretches);
+                    let growth = |block: &Block| growth(number, *block, stretches, run);
                     calm = calm.min(calm_runs(buffer, bytes, choice, growth));
                     let offset = buffer.take(choice, bytes);
                     self.put(slot, offset);
@@ -317,13 +323,12 @@ impl Player<'_> {
     }
 }
 
-/// Bytes by which a block may grow from one run to the next.
-fn growth(buffer: u8, block: Block, stretches: &[Stretch]) -> i64 {
+/// Bytes by which a block may grow from one run to the next: what the runs before gave back ends where the places of this one begin, and
+/// all that ends before that stays as it is.
+fn growth(buffer: u8, block: Block, stretches: &[Stretch], run: usize) -> i64 {
     stretches
         .iter()
-        .filter(|stretch| {
-            stretch.buffer == buffer && block.start < stretch.end && stretch.start < block.end()
-        })
+        .filter(|of| of.buffer == buffer && of.begin(run) <= block.end() && block.start < of.end)
         .map(|stretch| stretch.step)
         .fold(0, i64::saturating_add)
 }
@@ -361,7 +366,7 @@ fn calm_runs(buffer: &Buffer, bytes: i64, choice: usize, growth: impl Fn(&Block)
 fn repeats(earlier: &Handover, now: &Handover, stretches: &[Stretch]) -> bool {
     let runs = i64::try_from(now.run - earlier.run).unwrap_or(i64::MAX);
     let same = |((of, was), (buffer, is)): (&(u8, Block), &(u8, Block))| {
-        let step = || growth(*buffer, *was, stretches).saturating_mul(runs);
+        let step = || growth(*buffer, *was, stretches, earlier.run).saturating_mul(runs);
         of == buffer
             && was.start == is.start
             && (was.bytes == is.bytes || is.bytes - was.bytes == step())
