@@ -28,8 +28,13 @@ static void print_sizes(const char * name, const llama_memory_breakdown_data & s
 static int project(const std::string & line) {
     std::istringstream words(line);
     std::vector<std::string> args = { "ground_truth" };
+    uint32_t max_outputs = 0;
     for (std::string word; words >> word;) {
-        args.push_back(word);
+        if (word == "--max-outputs") {  // no flag of llama.cpp's: its server sets this by the number of slots
+            words >> max_outputs;
+        } else {
+            args.push_back(word);
+        }
     }
     std::vector<char *> argv;
     for (std::string & arg : args) {
@@ -45,6 +50,7 @@ static int project(const std::string & line) {
     llama_backend_init();
     llama_model_params model_params = common_model_params_to_llama(params);
     llama_context_params context_params = common_context_params_to_llama(params);
+    context_params.n_outputs_max = max_outputs;
     model_params.no_alloc = true;
     model_params.load_mode = LLAMA_LOAD_MODE_NONE;
 

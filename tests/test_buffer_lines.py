@@ -51,6 +51,19 @@ def test_reserving_again_replaces_and_a_second_context_adds() -> None:
     assert buffers.by_device == {"CUDA0": {"compute": 110 * MIB}}
 
 
+def test_the_logits_that_are_kept_are_those_of_the_model_not_of_its_draft_nor_of_a_dry_run() -> None:
+    lines = [
+        "print_info: no_alloc         = 1",
+        "llama_context: n_outputs_max         = 2048",
+        "print_info: no_alloc         = 0",
+        "llama_context: n_outputs_max         = 8",
+        "llama_context: n_outputs_max_per_seq = 4",
+        "llama_context: n_outputs_max         = 2",
+    ]
+    assert read(*lines).max_outputs == 8
+    assert read(*lines[:3]).max_outputs is None
+
+
 def test_repacked_and_mapped_weights_are_one_device() -> None:
     buffers = read(
         "load_tensors:   CPU_Mapped model buffer size =   100.00 MiB",

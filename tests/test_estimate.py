@@ -95,6 +95,7 @@ def test_a_repr_makes_the_value_again(llama: Path) -> None:
         ("parallel", 1000),
         ("batch", 0),
         ("micro_batch", 0),
+        ("max_outputs", 0),
         ("flash_attention", "maybe"),
         ("cache_type_k", "q3_k"),
         ("cache_type_v", "f15"),
@@ -250,6 +251,31 @@ def test_more_streams_than_llama_cpps_graph_has_room_for_get_the_generic_rules(t
 def test_a_projector_alone_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="projector, not a language model"):
         lg.estimate(write_projector(tmp_path / "mmproj.gguf"))
+
+
+def test_where_only_the_slots_have_logits_a_device_takes_less_by_them(llama: Path) -> None:
+    whole = lg.estimate(llama, context_length=8192)
+    slots = lg.estimate(llama, context_length=8192, max_outputs=1)
+    (embeddings,) = (t for t in lg.read_header(llama).tensors if t.name == "token_embd.weight")
+    logits = embeddings.shape[1] * 4
+    # What needed the second most room then needs the most.
+    assert logits * 256 < whole.devices[0].compute_bytes - slots.devices[0].compute_bytes < logits * 512
+    for term in ("weights_bytes", "context_bytes", "overhead_bytes"):
+        assert getattr(slots.devices[0], term) == getattr(whole.devices[0], term)
+    assert lg.estimate(llama, context_length=8192, max_outputs=512) == whole
+
+
+def test_an_encoder_has_outputs_for_all_tokens_whatever_is_asked(tmp_path: Path) -> None:
+    header = lg.read_header(ground_truth.write_model("t5-dense", tmp_path))
+    assert lg.estimate(header, max_outputs=1) == lg.estimate(header)
+
+
+def test_a_draft_model_has_logits_for_the_slots_where_the_model_has(llama: Path, tmp_path: Path) -> None:
+    draft = ground_truth.write_model("llama-3.2-3b-q8", tmp_path)
+    alone = lg.estimate(llama, context_length=8192, parallel=2, max_outputs=8).devices[0]
+    other = lg.estimate(draft, context_length=8192, parallel=2, max_outputs=2).devices[0]
+    both = lg.estimate(llama, context_length=8192, parallel=2, max_outputs=8, draft=draft).devices[0]
+    assert both.compute_bytes == alone.compute_bytes + other.compute_bytes
 
 
 def test_larger_boards_have_a_larger_overhead(llama: Path) -> None:

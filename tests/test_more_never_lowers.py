@@ -1,4 +1,4 @@
-"""More context, slots, batch or layers never lower an estimate where they lower nothing in llama.cpp.
+"""More context, slots, batch, outputs or layers never lower an estimate where llama.cpp is not lower.
 
 Weights, caches and the driver's overhead never go down, and a larger logical batch changes nothing.
 A compute buffer may go down: it is planned by best fit, and a tensor of another size can close a hole
@@ -118,6 +118,15 @@ def larger_batch(random: Random, options: Options) -> tuple[Options, Options]:
     return options, {**options, "batch": options["batch"] + random.choice((1, 64, 512, 2048))}
 
 
+def more_outputs(random: Random, options: Options) -> tuple[Options, Options]:
+    """Logits of more tokens."""
+    outputs = random.choice((1, 4, 32, 200))
+    return {**options, "max_outputs": outputs}, {
+        **options,
+        "max_outputs": outputs + random.choice((1, 28, 300)),
+    }
+
+
 def more_slots_on_one_cache(random: Random, options: Options) -> tuple[Options, Options]:
     one = {**options, "kv_unified": True}
     return one, {**one, "parallel": one["parallel"] + random.choice((1, 1, 2, 4))}
@@ -146,6 +155,7 @@ MORE: dict[str, More] = {
         longer_context,
         larger_micro_batch,
         larger_batch,
+        more_outputs,
         more_slots_on_one_cache,
         more_slots_with_a_cache_each,
     )
@@ -387,6 +397,7 @@ def compute_buffers(carried: Carried, what: str) -> Iterator[tuple[int, int]]:
     [
         ("longer_context", 5, 0.2),
         ("larger_micro_batch", 2, 0.5),
+        ("more_outputs", 1, 0.5),
         ("more_slots_on_one_cache", 8, 1.5),
         ("more_slots_with_a_cache_each", 10, 1),
         ("more_layers", 12, 1.5),

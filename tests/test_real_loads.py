@@ -17,7 +17,7 @@ import pytest
 import llama_gpu as lg
 from llama_gpu.engine import llama_server_engine
 from support import ground_truth, llama_cpp
-from support.real_loads import compared, load, logits_bytes
+from support.real_loads import MIB, compared, load
 
 SERVER, DEVICE = llama_cpp.program("llama-server"), llama_cpp.program("ggml-rpc-server")
 
@@ -58,10 +58,8 @@ def test_a_load_takes_what_was_said(
 ) -> None:
     assert SERVER is not None
     model = ground_truth.write_model(name, tmp_path)
-    logits = logits_bytes(lg.read_header(model))
     options = {"context_length": 4096, "parallel": 1}
     shares = [1.0] * count if count > 1 else None
-    said = lg.estimate(model, devices=count, tensor_split=shares, backend="generic", **options)
     taken = load(
         llama_server_engine(SERVER),
         model,
@@ -70,7 +68,33 @@ def test_a_load_takes_what_was_said(
         extra_arguments=["--rpc", ",".join(devices[:count])],
         **options,
     )
+    outputs = taken.buffers.max_outputs
+    said = lg.estimate(
+        model, devices=count, tensor_split=shares, backend="generic", max_outputs=outputs, **options
+    )
     rows = compared(taken, said)
     with capsys.disabled():
         print(f"\n{name}, said and taken", *rows, sep="\n")
-    assert [wrong for row in rows for wrong in row.wrong(logits)] == []
+    assert [wrong for row in rows for wrong in row.wrong()] == []
+
+
+@pytest.mark.parametrize("slots", [1, 4])
+@pytest.mark.parametrize("name", ["qwen2.5-0.5b-q8", "gemma3-dense", "granitehybrid-dense", "deepseek2-moe"])
+def test_a_server_that_has_logits_for_its_slots_alone_takes_what_is_said_of_them(
+    name: str, slots: int, devices: list[str], tmp_path: Path
+) -> None:
+    assert SERVER is not None
+    model = ground_truth.write_model(name, tmp_path)
+    options = {"context_length": 8192, "parallel": slots, "kv_unified": True}
+    taken = load(
+        llama_server_engine(SERVER),
+        model,
+        ["GPU-0"],
+        extra_arguments=["--rpc", devices[0], "--no-warmup"],
+        **options,
+    )
+    if taken.buffers.max_outputs != slots:
+        pytest.skip(f"this build keeps the logits of {taken.buffers.max_outputs} tokens")
+    (row,) = compared(taken, lg.estimate(model, backend="generic", max_outputs=slots, **options))
+    # As far as two decimals of a MiB tell.
+    assert abs(row.said.compute_bytes - row.compute) <= MIB // 200 + 1

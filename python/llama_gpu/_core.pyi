@@ -582,6 +582,7 @@ def estimate(
     kv_unified: bool = False,
     batch: int = 2048,
     micro_batch: int = 512,
+    max_outputs: int | None = None,
     flash_attention: Literal["on", "off", "auto"] = "auto",
     cache_type_k: str = "f16",
     cache_type_v: str = "f16",
@@ -614,6 +615,9 @@ def estimate(
         kv_unified: one pool of cells for all slots, as ``-kvu``.
         batch: logical batch in tokens, as ``-b``.
         micro_batch: physical batch in tokens, as ``-ub``.
+        max_outputs: tokens of a micro-batch whose logits are kept; ``None`` is all, as in llama.cpp's dry
+            run. A llama-server that keeps them for its slots alone has ``parallel`` (``n_outputs_max`` in
+            its log).
         flash_attention: as ``-fa``.
         cache_type_k: type of the cached keys, as ``-ctk``.
         cache_type_v: type of the cached values, as ``-ctv``.
@@ -847,6 +851,7 @@ def place(
     kv_unified: bool = False,
     batch: int = 2048,
     micro_batch: int = 512,
+    max_outputs: int | None = None,
     flash_attention: Literal["on", "off", "auto"] = "auto",
     cache_type_k: str = "f16",
     cache_type_v: str = "f16",
@@ -881,6 +886,7 @@ def place(
         kv_unified: see ``estimate``.
         batch: see ``estimate``.
         micro_batch: see ``estimate``.
+        max_outputs: see ``estimate``.
         flash_attention: see ``estimate``.
         cache_type_k: see ``estimate``.
         cache_type_v: see ``estimate``.

@@ -25,6 +25,7 @@ BUFFER = re.compile(
     r"\s+buffer size\s*=\s*(?P<mib>\d{1,12}(?:\.\d{1,6})?)\s*MiB"
 )
 OFFLOADED = re.compile(r"offloaded\s+(\d+)/(\d+)\s+layers to GPU")
+OUTPUTS = re.compile(r"\bn_outputs_max\s*=\s*(\d{1,9})")
 DRY_LOAD = re.compile(r"print_info:\s+no_alloc\s*=\s*(\d)")
 NEW_CONTEXT = "constructing llama_context"
 VARIANT = re.compile(r"_(Mapped|REPACK|Private)$")
@@ -54,6 +55,8 @@ class LoadedBuffers:
     by_device: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     offloaded_layers: int | None = None
     total_layers: int | None = None
+    max_outputs: int | None = None
+    """Tokens whose logits the model's own context keeps (``n_outputs_max``), where the log says so."""
 
     @property
     def device_bytes(self) -> dict[str, int]:
@@ -88,6 +91,7 @@ class BufferLines:
         self._context = 0
         self._dry = False
         self._layers: tuple[int, int] | None = None
+        self._outputs: int | None = None
 
     def feed(self, line: str) -> None:
         """Take one line; anything but a buffer line is passed over."""
@@ -99,6 +103,9 @@ class BufferLines:
             self._context += 1
         elif layers := OFFLOADED.search(line):
             self._layers = (int(layers[1]), int(layers[2]))
+        elif (outputs := OUTPUTS.search(line)) and not self._dry:
+            # A draft model's context comes later.
+            self._outputs = int(outputs[1]) if self._outputs is None else self._outputs
         elif (found := BUFFER.search(line)) and not self._dry:
             device = VARIANT.sub("", found["device"])
             size = round(float(found["mib"]) * MIB)
@@ -115,4 +122,5 @@ class BufferLines:
         for (kind, device, _, _), size in self._replaced.items():
             by_device[device][kind] += size
         offloaded, total = self._layers or (None, None)
-        return LoadedBuffers({name: dict(kinds) for name, kinds in by_device.items()}, offloaded, total)
+        devices = {name: dict(kinds) for name, kinds in by_device.items()}
+        return LoadedBuffers(devices, offloaded, total, self._outputs)

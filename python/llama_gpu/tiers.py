@@ -25,6 +25,11 @@ class EstimateOptions(TypedDict, total=False):
     """Logical batch in tokens, as ``-b`` (default: 2048)."""
     micro_batch: int
     """Physical batch in tokens, as ``-ub`` (default: 512)."""
+    max_outputs: int | None
+    """Tokens of a micro-batch whose logits are kept; ``None``, the default, is all, as in the dry run.
+
+    A llama-server that keeps them for its slots alone has ``parallel`` (``n_outputs_max`` in its log).
+    """
     flash_attention: Literal["on", "off", "auto"]
     """As ``-fa`` (default: ``"auto"``)."""
     cache_type_k: str

@@ -16,6 +16,7 @@ FLAGS = {
     "-np": ("parallel", int),
     "-b": ("batch", int),
     "-ub": ("micro_batch", int),
+    "--max-outputs": ("max_outputs", int),
     "-ngl": ("gpu_layers", int),
     "-fa": ("flash_attention", str),
     "-ctk": ("cache_type_k", str),

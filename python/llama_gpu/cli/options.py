@@ -26,6 +26,8 @@ class EstimateFlags:
     """Logical batch in tokens (default: 2048)."""
     micro_batch: int = 512
     """Physical batch in tokens (default: 512)."""
+    max_outputs: int | None = None
+    """Tokens of a physical batch whose logits are kept: the slots in newer llama-servers (default: all)."""
     flash_attention: Literal["auto", "on", "off"] = "auto"
     """Flash attention (default: auto)."""
     cache_type_k: str = "f16"

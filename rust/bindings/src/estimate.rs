@@ -115,6 +115,13 @@ impl ParsedOptions {
             "kv_unified" => options.kv_unified = value.extract()?,
             "batch" => options.batch = whole(key, value)?,
             "micro_batch" => options.micro_batch = whole(key, value)?,
+            "max_outputs" => {
+                options.max_outputs = if value.is_none() {
+                    None
+                } else {
+                    Some(whole(key, value)?)
+                }
+            }
             "flash_attention" => options.flash_attention = word(key, value, &FLASH_ATTENTION)?,
             "cache_type_k" => options.cache_type_k = cache_type(key, value)?,
             "cache_type_v" => options.cache_type_v = cache_type(key, value)?,
@@ -421,7 +428,7 @@ impl PyMemoryEstimate {
 #[pyo3(
     signature = (model, **options),
     text_signature = "(model, *, context_length=0, parallel=1, kv_unified=False, batch=2048, micro_batch=512, \
-                      flash_attention='auto', cache_type_k='f16', cache_type_v='f16', gpu_layers=None, devices=1, \
+                      max_outputs=None, flash_attention='auto', cache_type_k='f16', cache_type_v='f16', gpu_layers=None, devices=1, \
                       tensor_split=None, cpu_moe_layers=0, kv_offload=True, swa_full=False, mmproj=None, \
                       mmproj_offload=True, draft=None, lora=(), backend='cuda', compute_capability=None)"
 )]

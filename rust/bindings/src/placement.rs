@@ -527,7 +527,7 @@ impl KnownModel {
 #[pyo3(
     signature = (model, gpus, *, policy=None, running=None, **options),
     text_signature = "(model, gpus, *, policy=None, running=(), context_length=0, parallel=1, kv_unified=False, \
-                      batch=2048, micro_batch=512, flash_attention='auto', cache_type_k='f16', cache_type_v='f16', \
+                      batch=2048, micro_batch=512, max_outputs=None, flash_attention='auto', cache_type_k='f16', cache_type_v='f16', \
                       gpu_layers=None, cpu_moe_layers=0, kv_offload=True, swa_full=False, mmproj=None, \
                       mmproj_offload=True, draft=None, backend='cuda')"
 )]

@@ -61,13 +61,21 @@ fn options() -> impl Strategy<Value = EstimateOptions> {
         Just(FlashAttention::Off),
         Just(FlashAttention::Auto)
     ];
-    (sizes, places, flags, attention, cache_type()).prop_map(
-        |(sizes, (gpu_layers, tensor_split, cpu_moe_layers), flags, flash_attention, cache)| {
+    let outputs = proptest::option::of(1_u32..600);
+    (sizes, places, flags, attention, (cache_type(), outputs)).prop_map(
+        |(
+            sizes,
+            (gpu_layers, tensor_split, cpu_moe_layers),
+            flags,
+            flash_attention,
+            (cache, outputs),
+        )| {
             EstimateOptions {
                 context_length: sizes.0,
                 parallel: sizes.1,
                 batch: sizes.2,
                 micro_batch: sizes.3,
+                max_outputs: outputs,
                 gpu_layers,
                 devices: tensor_split.as_ref().map_or(1, Vec::len) as u32,
                 tensor_split,

@@ -104,6 +104,7 @@ fn options(numbers: &mut Numbers<'_>, trained: u32) -> EstimateOptions {
         kv_unified: numbers.flag(),
         batch: [2048, 512, numbers.option()][usize::from(numbers.below(3))],
         micro_batch: [512, 64, numbers.option()][usize::from(numbers.below(3))],
+        max_outputs: numbers.flag().then(|| u32::from(numbers.byte())),
         flash_attention: [
             FlashAttention::Auto,
             FlashAttention::On,

@@ -126,8 +126,8 @@ pub struct Companions<'a> {
 /// The projector goes to the first device (`clip_ctx`, tools/mtmd/clip.cpp), unless it is to stay on
 /// the host. The draft gets the
 /// model's context, slots and split, an f16 cache, and all its layers on devices
-/// (`common_base_params_to_speculative`, common/speculative.cpp); its compute buffer is an upper
-/// bound, because it asks for one output a slot.
+/// (`common_base_params_to_speculative`, common/speculative.cpp). It keeps the logits of one token a slot: without
+/// `max_outputs` its compute buffer is an upper bound.
 ///
 /// # Errors
 /// As [`estimate`].
@@ -169,6 +169,7 @@ pub fn estimate_with(
             cache_type_k: GgmlType::F16,
             cache_type_v: GgmlType::F16,
             cpu_moe_layers: super::CpuMoe::None,
+            max_outputs: options.max_outputs.and(Some(options.parallel)),
             ..options.clone()
         };
         let added = estimate(draft, &draft_options)?;

@@ -137,7 +137,10 @@ impl Sizes {
             embedding,
             inputs,
             body,
-            output: floats(u64::from(h.vocabulary_size)).saturating_add(embedding),
+            output: u64::from(h.vocabulary_size)
+                .saturating_mul(tokens.min(u64::from(resolved.outputs)))
+                .saturating_mul(F32_BYTES)
+                .saturating_add(embedding),
         }
     }
 }

@@ -58,6 +58,9 @@ pub struct EstimateOptions {
     pub batch: u32,
     /// Physical batch (`-ub`).
     pub micro_batch: u32,
+    /// Tokens of a micro-batch whose logits are kept; `None` is all of them, as in the dry run. A llama-server that
+    /// keeps them for its slots alone has one a slot (`n_outputs_max`).
+    pub max_outputs: Option<u32>,
     /// `-fa`.
     pub flash_attention: FlashAttention,
     /// `-ctk`.
@@ -90,6 +93,7 @@ impl Default for EstimateOptions {
             kv_unified: false,
             batch: 2048,
             micro_batch: 512,
+            max_outputs: None,
             flash_attention: FlashAttention::Auto,
             cache_type_k: GgmlType::F16,
             cache_type_v: GgmlType::F16,
@@ -122,6 +126,8 @@ pub struct Resolved {
     pub batch: u32,
     /// Physical batch.
     pub micro_batch: u32,
+    /// Tokens whose logits are kept, at most.
+    pub outputs: u32,
     /// Flash attention is asked for or left to the device.
     pub flash_attention: bool,
     /// Tokens that a recurrent state can be rolled back by (`n_rs_seq`): each has a copy of it.
@@ -183,6 +189,10 @@ impl EstimateOptions {
             streams: if self.kv_unified { 1 } else { slots },
             batch,
             micro_batch,
+            outputs: match self.max_outputs.filter(|_| !has_encoder(facts)) {
+                Some(most) => most.min(batch),
+                None => batch,
+            },
             flash_attention: self.wants_flash_attention(facts),
             rollback_tokens: 0,
         })
@@ -205,6 +215,9 @@ impl EstimateOptions {
         }
         if self.micro_batch == 0 {
             return Err(EstimateError::option("micro_batch", "must be at least 1"));
+        }
+        if self.max_outputs == Some(0) {
+            return Err(EstimateError::option("max_outputs", "must be at least 1"));
         }
         if self.devices > MAX_DEVICES {
             return Err(EstimateError::option("devices", "must be at most 63"));
@@ -272,6 +285,14 @@ impl EstimateOptions {
         }
         Ok(())
     }
+}
+
+/// `llama_model_has_encoder` (llama-model.cpp): such a model keeps the outputs of all tokens.
+fn has_encoder(facts: &ModelFacts) -> bool {
+    matches!(
+        facts.architecture(),
+        "t5" | "t5encoder" | "eagle3" | "dflash"
+    )
 }
 
 /// `kv_cache_types` (common/arg.cpp).

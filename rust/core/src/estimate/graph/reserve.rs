@@ -60,7 +60,7 @@ impl<'a> Batch<'a> {
             layout,
             tokens: (tokens + slots - 1) / slots * slots,
             sequences: slots,
-            outputs: tokens.min(i64::from(resolved.batch)),
+            outputs: tokens.min(i64::from(resolved.outputs)),
             cells: i64::from(resolved.context_per_slot),
             context_per_sequence: i64::from(resolved.context_per_slot),
             streams: i64::from(resolved.streams).max(1),
