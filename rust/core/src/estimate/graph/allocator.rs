@@ -68,8 +68,8 @@ struct Handover {
     run: usize,
     free: Vec<(u8, Block)>,
     places: Vec<i64>,
-    /// Runs after this one that surely take what it took.
-    calm: usize,
+    /// Runs after this one that surely take what it took; none where nobody watched.
+    calm: Option<usize>,
 }
 
 struct Player<'a> {
@@ -205,16 +205,20 @@ impl Player<'_> {
             .collect();
         if again.len() == changes.len() {
             let places = round.handed.iter().map(|(before, _)| self.place(*before));
-            seen.push(self.handover(0, places.collect(), 0));
+            seen.push(self.handover(0, places.collect(), None));
         }
         let mut run = 0;
         let mut changes = changes;
+        let mut watching = false;
         while run < round.more {
             let calm = if stretches.is_empty() {
                 self.play(changes);
-                usize::MAX
+                Some(usize::MAX)
+            } else if watching {
+                Some(self.play_watched(changes, stretches, run))
             } else {
-                self.play_watched(changes, stretches, run)
+                self.play(changes);
+                None
             };
             changes = &again;
             run += 1;
@@ -228,15 +232,13 @@ impl Player<'_> {
             }
             let mut now = self.handover(run, places, calm);
             let same = |earlier: &Handover| repeats(earlier, &now, stretches);
-            if let Some(position) = seen.iter().rposition(same)
-                && let Some(earlier) = seen.get(position)
+            let position = seen.iter().rposition(same);
+            watching = position.is_some();
+            if let Some(position) = position
+                && let Some((earlier, since)) = seen.get(position..).and_then(<[_]>::split_first)
+                && let Some(calm) = since.iter().map(|one| one.calm).fold(calm, Option::min)
             {
-                let cycle = seen.len() - position;
-                let calm = seen
-                    .iter()
-                    .skip(position + 1)
-                    .map(|one| one.calm)
-                    .fold(calm, usize::min);
+                let cycle = since.len() + 1;
                 let cycles = ((round.more - run) / cycle).min(calm / cycle);
                 self.leap(earlier, &mut now, cycles);
                 run = now.run;
@@ -249,7 +251,7 @@ impl Player<'_> {
         }
     }
 
-    fn handover(&self, run: usize, places: Vec<i64>, calm: usize) -> Handover {
+    fn handover(&self, run: usize, places: Vec<i64>, calm: Option<usize>) -> Handover {
         let mut free = Vec::with_capacity(16);
         for (number, buffer) in (0_u8..).zip(self.buffers.iter()) {
             free.extend(buffer.free.iter().map(|block| (number, *block)));
