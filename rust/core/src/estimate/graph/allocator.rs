@@ -5,6 +5,8 @@
 //! placed before the first layer becomes free run by run, so that a block grows; as long as it is too small for anything, or large
 //! enough, or not the best fit, for what a run takes, runs still repeat, and are leapt over.
 
+use std::borrow::Cow;
+
 use super::buffer::{Block, Buffer, BufferRules};
 use super::lifetimes::{Change, Lifetimes, Program, Reserve, RoundChanges};
 use super::ops::Graph;
@@ -198,12 +200,10 @@ impl Player<'_> {
         let once = |change: &&Change| match change {
             Change::Take { once, .. } | Change::GiveBack { once, .. } => *once,
         };
-        let again: Vec<Change> = changes
-            .iter()
-            .filter(|change| !once(change))
-            .copied()
-            .collect();
-        if again.len() == changes.len() {
+        let mut again = Cow::Borrowed(changes);
+        if changes.iter().any(|change| once(&change)) {
+            again.to_mut().retain(|change| !once(&change));
+        } else {
             let places = round.handed.iter().map(|(before, _)| self.place(*before));
             seen.push(self.handover(0, places.collect(), None));
         }

@@ -326,10 +326,13 @@ impl Finder<'_> {
 
     fn introduce(&mut self, id: TensorId) {
         let tensor = self.graph.get(id);
+        if tensor.storage != Storage::Planned {
+            return;
+        }
         self.edit(id, |life| {
             life.view_of = tensor.view_of;
             life.slot = id.0;
-            life.planned = tensor.storage == Storage::Planned && !tensor.is_view();
+            life.planned = !tensor.is_view();
             life.readers += u32::from(tensor.is_output);
         });
     }

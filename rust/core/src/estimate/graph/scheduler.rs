@@ -82,6 +82,17 @@ pub(super) struct RoundNodes {
     pub(super) twins: Vec<(TensorId, TensorId)>,
 }
 
+impl RoundNodes {
+    fn with_room_for(nodes: usize) -> Self {
+        Self {
+            first: Vec::with_capacity(nodes),
+            own: Vec::with_capacity(nodes),
+            last: Vec::with_capacity(nodes),
+            twins: Vec::with_capacity(nodes),
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Split {
     backend: u8,
@@ -223,7 +234,7 @@ impl Schedule {
                 .any(|(node, _)| graph.get(*node).sources().any(|source| source == id))
         };
         let before = |id: TensorId| id.0.checked_sub(round.shift).filter(|n| *n >= round.lowest);
-        let mut parts = RoundNodes::default();
+        let mut parts = RoundNodes::with_room_for(nodes.len());
         let mut rest = nodes.iter().copied();
         while let Some((id, backend)) = rest.next() {
             if id.index() < known {
