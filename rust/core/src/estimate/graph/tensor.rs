@@ -136,7 +136,11 @@ impl Tensor {
     /// graph takes most of its time for.
     #[inline]
     pub(super) fn begin(&mut self, op: Op, element: GgmlType, ne: [i64; 4]) {
-        let nb = contiguous_strides(element, ne);
+        let [n0, n1, n2, n3] = ne;
+        let unit = unit_bytes(element);
+        let row = unit.saturating_mul(per_block(n0, element));
+        let plane = row.saturating_mul(n1);
+        let cube = plane.saturating_mul(n2);
         self.op = op;
         self.element = element;
         self.storage = Storage::Planned;
@@ -145,12 +149,10 @@ impl Tensor {
         self.visited = false;
         self.source_count = 0;
         self.view_of = TensorId::NONE;
-        self.ne = ne;
-        self.nb = nb;
+        self.ne = [n0, n1, n2, n3];
+        self.nb = [unit, row, plane, cube];
         self.own_bytes = if block_elements(element) == 1 {
-            let [.., n3] = ne;
-            let [.., b3] = nb;
-            b3.saturating_mul(n3).max(0)
+            cube.saturating_mul(n3).max(0)
         } else {
             self.bytes()
         };
@@ -225,6 +227,7 @@ impl Tensor {
     }
 }
 
+#[inline]
 pub(super) fn contiguous_strides(element: GgmlType, ne: [i64; 4]) -> [i64; 4] {
     let [n0, n1, n2, _] = ne;
     let b0 = unit_bytes(element);
