@@ -216,13 +216,13 @@ impl<'a> Builder<'a> {
 
     /// The same where layers differ in more than their tensors; `mark` tells those apart.
     pub(super) fn layers_by(&mut self, mark: impl Fn(usize) -> u64) -> Layers<'a> {
-        self.layers_after(LEADING_LAYERS, mark)
+        self.layers_after(0, mark)
     }
 
-    /// The same where a layer reads what more than two layers before it made, or finishes what more than one began.
-    pub(super) fn layers_after(&mut self, lead: usize, mark: impl Fn(usize) -> u64) -> Layers<'a> {
+    /// The same where a layer finishes what more than one before it began: `more` layers are built before those that repeat.
+    pub(super) fn layers_after(&mut self, more: usize, mark: impl Fn(usize) -> u64) -> Layers<'a> {
         let kinds = self.kinds(mark);
-        self.representatives(&kinds, lead)
+        self.representatives(&kinds, more)
     }
 
     /// Equal numbers for layers that are alike.
@@ -268,14 +268,29 @@ impl<'a> Builder<'a> {
             (of.rotate_left(32) ^ kinds.get(il).copied().unwrap_or_default()).wrapping_mul(MIXER)
         };
         let kinds: Vec<u64> = (0..kinds.len()).map(with_owner).collect();
-        self.representatives(&kinds, LEADING_LAYERS)
+        self.representatives(&kinds, 0)
     }
 
-    fn representatives(&mut self, kinds: &[u64], lead: usize) -> Layers<'a> {
+    /// The same where layers read what others made many layers before: `lead` layers are built before those that repeat.
+    pub(super) fn layers_far_reading(
+        &mut self,
+        lead: usize,
+        mark: impl Fn(usize) -> u64,
+    ) -> Layers<'a> {
+        let kinds = self.kinds(mark);
+        self.layers_of(&kinds, lead, false)
+    }
+
+    fn representatives(&mut self, kinds: &[u64], more: usize) -> Layers<'a> {
+        let short = self.batch.short_lead;
+        self.layers_of(kinds, LEADING_LAYERS + more - usize::from(short), short)
+    }
+
+    fn layers_of(&mut self, kinds: &[u64], lead: usize, short: bool) -> Layers<'a> {
         let built = if self.batch.every_layer {
             (0..kinds.len()).collect()
         } else {
-            let (built, repeats) = super::repeats::representatives(kinds, lead);
+            let (built, repeats) = super::repeats::representatives(kinds, lead, short);
             self.g.repeats = repeats;
             built
         };

@@ -123,7 +123,7 @@ impl Lifetimes {
         let mut done = 0;
         for round in &schedule.rounds {
             finder.steps(schedule.nodes.get(done..round.start).unwrap_or_default());
-            if !finder.round(schedule, *round) {
+            if !finder.round(schedule, round) {
                 return None;
             }
             done = round.end;
@@ -153,14 +153,14 @@ impl Finder<'_> {
 
     /// Notes what a round's runs but the last do, then does what the last does. False when something that it reads was placed early for
     /// it and for others, or outlives it.
-    fn round(&mut self, schedule: &Schedule, round: Round) -> bool {
+    fn round(&mut self, schedule: &Schedule, round: &Round) -> bool {
         let RoundNodes {
             first,
             own,
             last,
             twins,
-        } = schedule.round_nodes(self.graph, round);
-        let Some(early) = self.early(schedule, &last, &twins, round.lowest) else {
+        } = &round.nodes;
+        let Some(early) = self.early(schedule, last, twins, round.lowest) else {
             return false;
         };
         let own = own.iter().map(|(id, _)| *id).chain(early.iter().copied());
@@ -172,8 +172,8 @@ impl Finder<'_> {
             .collect();
         // tensors that the round before made and this one reads, where this one makes their like
         let handed: Vec<(TensorId, TensorId, Lifetime)> = twins
-            .into_iter()
-            .map(|(before, id)| (before, id, self.life(before)))
+            .iter()
+            .map(|(before, id)| (*before, *id, self.life(*before)))
             .filter(|(_, _, life)| !life.own)
             .filter(|(_, _, life)| life.allocated || life.readers > 0 || life.views > 0)
             .collect();
@@ -185,7 +185,7 @@ impl Finder<'_> {
         // only the last run reads what other layers read too: until then it must stay
         self.repeating = true;
         let start = self.program.changes.len();
-        self.steps(&first);
+        self.steps(first);
         self.repeating = false;
         if early.iter().any(|id| self.life(*id).allocated) {
             return false;
@@ -218,7 +218,7 @@ impl Finder<'_> {
                 }
             });
         }
-        self.steps(&last);
+        self.steps(last);
         true
     }
 

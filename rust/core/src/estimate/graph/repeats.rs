@@ -1,9 +1,9 @@
-//! Layers that repeat are built three or four times and planned as often as it takes until the allocator is where it was before.
+//! Layers that repeat are built three or four times, or more where they differ, and planned as often as it takes until the allocator is where it was before.
 
 /// The longest pattern of layers that is looked for.
 pub(super) const LONGEST_PERIOD: usize = 12;
 
-/// Layers before the round to repeat, as a rule: the round finishes what the last of them began, and reads what the one before that gave.
+/// Layers before the round to repeat: the round finishes what the last of them began, and reads what the layer before that gave.
 pub(super) const LEADING_LAYERS: usize = 2;
 
 /// A round of layers that stands for many.
@@ -17,11 +17,17 @@ pub(super) struct Repeat {
     pub(super) period: usize,
     /// How often the round runs beside the built times.
     pub(super) more: usize,
+    /// One of the leading layers is left out: what it would have given is told by who reads it.
+    pub(super) short: bool,
 }
 
 /// Which layers to build, and which rounds of them to repeat; `kinds` tells alike layers by equal numbers, and a round reads nothing that
 /// layers before the `lead` ones before it made for themselves.
-pub(super) fn representatives(kinds: &[u64], lead: usize) -> (Vec<usize>, Vec<Repeat>) {
+pub(super) fn representatives(
+    kinds: &[u64],
+    lead: usize,
+    short: bool,
+) -> (Vec<usize>, Vec<Repeat>) {
     let mut built = Vec::with_capacity(kinds.len().min(64));
     let mut repeats = Vec::new();
     let mut start = 0;
@@ -41,6 +47,7 @@ pub(super) fn representatives(kinds: &[u64], lead: usize) -> (Vec<usize>, Vec<Re
             first: built.len() + lead,
             period,
             more,
+            short,
         });
         built.extend(start..start + lead + period);
         start += lead + period + more * period;

@@ -38,6 +38,8 @@ pub(super) struct Batch<'a> {
     pub(super) cache_type_v: GgmlType,
     pub(super) host_expert_layers: usize,
     pub(super) cuda: bool,
+    /// Fewer layers are built before those that repeat: not where copies between backends lie in a layer.
+    pub(super) short_lead: bool,
     /// Repeating layers are planned one and all: slower, for checks.
     pub(super) every_layer: bool,
     /// Flash attention is given up everywhere should one run elsewhere than its layer.
@@ -75,6 +77,9 @@ impl<'a> Batch<'a> {
                 CpuMoe::All => usize::MAX,
             },
             cuda: options.backend == Backend::Cuda,
+            short_lead: options.kv_offload
+                && options.cpu_moe_layers == CpuMoe::None
+                && (layout.devices == 0 || layout.layers.iter().all(Option::is_some)),
             every_layer: false,
             may_give_up: false,
             given_up: Cell::new(false),

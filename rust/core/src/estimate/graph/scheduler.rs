@@ -58,15 +58,17 @@ pub(super) struct Schedule {
     pub(super) rounds: Vec<Round>,
 }
 
-/// Nodes that run again and again, each time on the tensors `shift` further on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Nodes that run again and again, each time on the tensors of other layers.
+#[derive(Debug)]
 pub(super) struct Round {
     pub(super) start: usize,
     pub(super) end: usize,
-    pub(super) shift: u32,
+    /// Tensors there were when the next layer and when the one `period` layers before it began.
+    shift: u32,
     /// The first tensor of the layers that are alike.
     pub(super) lowest: u32,
     pub(super) more: usize,
+    pub(super) nodes: RoundNodes,
 }
 
 /// The nodes of a round.
@@ -180,24 +182,21 @@ impl Schedule {
             ) else {
                 return false;
             };
-            // what the first of the leading layers began is finished before the round, or the round's own runs finish more than it does
-            let begun = graph
-                .marks
-                .get(repeat.alike + 1)
-                .map_or(0, |mark| mark.tensors);
-            let late = |(id, _): &(TensorId, u8)| (lowest.tensors..begun).contains(&id.index());
-            if self
-                .nodes
-                .get(start..end)
-                .unwrap_or_default()
-                .iter()
-                .any(late)
-            {
+            // layers before those that are alike may differ in what they leave to be finished
+            let first = graph.marks.first().map_or(0, |mark| mark.tensors);
+            let finished = if repeat.short {
+                repeat.alike
+            } else {
+                repeat.alike + 1
+            };
+            let finished = graph.marks.get(finished).map_or(0, |mark| mark.tensors);
+            let late = |(id, _): &(TensorId, u8)| (first..finished).contains(&id.index());
+            let own = from.tensors..to.tensors;
+            let nodes = self.nodes.get(start..end).unwrap_or_default();
+            if nodes.iter().any(late) {
                 return false;
             }
             // pipelined copies lie side by side from the start and are never given back: each round needs its own
-            let own = from.tensors..to.tensors;
-            let nodes = self.nodes.get(start..end).unwrap_or_default();
             let is_here = |copy: &TensorId| nodes.iter().any(|(id, _)| id == copy);
             let cannot_repeat = |(source, copy): &(TensorId, TensorId)| {
                 let later = source.index() >= to.tensors;
@@ -207,15 +206,74 @@ impl Schedule {
             if self.copied.iter().any(cannot_repeat) {
                 return false;
             }
-            self.rounds.push(Round {
-                lowest: u32::try_from(lowest.tensors).unwrap_or(0),
+            let mut round = Round {
                 start,
                 end,
-                shift: u32::try_from(to.tensors.saturating_sub(from.tensors)).unwrap_or(0),
+                shift: u32::try_from(own.len()).unwrap_or(0),
+                lowest: u32::try_from(lowest.tensors).unwrap_or(0),
                 more: repeat.more,
-            });
+                nodes: RoundNodes::with_room_for(end - start),
+            };
+            self.sort_nodes(graph, &mut round);
+            if repeat.short && !self.pair_outputs(graph, &mut round, first..to.tensors) {
+                return false;
+            }
+            self.rounds.push(round);
         }
         true
+    }
+
+    /// Adds what the layer before the leading one gave, and what each run of the round gives in its stead, to the twins: the last
+    /// leading layer reads the one where the last layer of the round reads the other. False where that cannot be told.
+    fn pair_outputs(
+        &self,
+        graph: &Graph,
+        round: &mut Round,
+        layers: std::ops::Range<usize>,
+    ) -> bool {
+        let end = u32::try_from(layers.end).unwrap_or(u32::MAX);
+        let nodes = self.nodes.get(round.start..round.end).unwrap_or_default();
+        let made_before = |id: TensorId| id.index() >= layers.start && id.0 < round.lowest;
+        let root = |id: TensorId| graph.get(id).view_of;
+        let mut pairs: Vec<(TensorId, TensorId)> = Vec::new();
+        let mut unpaired = Vec::new();
+        for (id, _) in nodes {
+            if self.is_copy(*id) {
+                return false;
+            }
+            // the same node of an earlier run, or of a later one: the next layer finishes what this round began
+            let earlier = id.0.checked_sub(round.shift).filter(|n| *n >= round.lowest);
+            let later = id.0.checked_add(round.shift).filter(|n| *n < end);
+            let (before, now) = match (earlier, later) {
+                (Some(earlier), _) => (TensorId(earlier), *id),
+                (None, Some(later)) => (*id, TensorId(later)),
+                (None, None) => {
+                    unpaired.extend(graph.get(*id).sources().filter(|id| made_before(*id)));
+                    continue;
+                }
+            };
+            let sources = graph.get(now).sources();
+            for (before, now) in graph.get(before).sources().zip(sources) {
+                for (before, now) in [(before, now), (root(before), root(now))] {
+                    if self.source_of(before).0 < round.lowest && !pairs.contains(&(before, now)) {
+                        pairs.push((before, now));
+                    }
+                }
+            }
+        }
+        // what all layers read is made once; what one layer reads of those before it must be known to move on
+        let (stay, moved): (Vec<_>, Vec<_>) =
+            pairs.into_iter().partition(|(before, now)| before == now);
+        let moves = |id: &TensorId| {
+            graph.get(*id).storage != Storage::Planned
+                || moved.iter().any(|(before, _)| before == id)
+        };
+        let moves_on = |(before, now): &(TensorId, TensorId)| {
+            now.0 >= round.lowest && !self.is_copy(*now) && !stay.contains(&(*before, *before))
+        };
+        let known = unpaired.iter().all(moves) && moved.iter().all(moves_on);
+        round.nodes.twins.extend(moved);
+        known
     }
 
     /// Whether a tensor is a copy, or keeps one's source.
@@ -223,8 +281,16 @@ impl Schedule {
         id.index() >= self.backend_of.len()
     }
 
-    /// What a round is made of.
-    pub(super) fn round_nodes(&self, graph: &Graph, round: Round) -> RoundNodes {
+    /// What a copy was made of, or the tensor itself.
+    fn source_of(&self, id: TensorId) -> TensorId {
+        let mut copied = self.copied.iter().filter(|_| self.is_copy(id));
+        copied
+            .find(|(_, copy)| *copy == id)
+            .map_or(id, |(source, _)| *source)
+    }
+
+    /// Finds out which of a round's nodes run when.
+    fn sort_nodes(&self, graph: &Graph, round: &mut Round) {
         let known = self.backend_of.len();
         let nodes = self.nodes.get(round.start..round.end).unwrap_or_default();
         let read_here = |id: TensorId| {
@@ -233,13 +299,14 @@ impl Schedule {
                 .filter(|(node, _)| node.index() < known)
                 .any(|(node, _)| graph.get(*node).sources().any(|source| source == id))
         };
-        let before = |id: TensorId| id.0.checked_sub(round.shift).filter(|n| *n >= round.lowest);
-        let mut parts = RoundNodes::with_room_for(nodes.len());
+        let (lowest, shift) = (round.lowest, round.shift);
+        let before = |id: TensorId| id.0.checked_sub(shift).filter(|n| *n >= lowest);
+        let parts = &mut round.nodes;
         let mut rest = nodes.iter().copied();
         while let Some((id, backend)) = rest.next() {
             if id.index() < known {
                 parts.first.push((id, backend));
-                if id.0 < round.lowest {
+                if id.0 < lowest {
                     continue; // what all layers share is made once
                 }
                 parts.own.push((id, backend));
@@ -255,7 +322,7 @@ impl Schedule {
             let Some((copy, to)) = pair.clone().last() else {
                 continue;
             };
-            if source.0 >= round.lowest {
+            if source.0 >= lowest {
                 parts.first.extend(pair.clone());
                 parts.own.extend(pair.clone());
                 parts.last.extend(pair);
@@ -270,7 +337,6 @@ impl Schedule {
                 parts.last.extend(pair); // for a layer behind the rounds
             }
         }
-        parts
     }
 
     fn backend(&self, id: TensorId) -> u8 {

@@ -45,7 +45,7 @@ proptest! {
 
     #[test]
     fn repeated_rounds_stand_for_every_layer_once(kinds in prop::collection::vec(0_u64..3, 1..80)) {
-        let (built, repeats) = representatives(&kinds, LEADING_LAYERS);
+        let (built, repeats) = representatives(&kinds, LEADING_LAYERS, false);
         let skipped: usize = repeats.iter().map(|repeat| repeat.more * repeat.period).sum();
         prop_assert_eq!(built.len() + skipped, kinds.len());
         prop_assert!(built.is_sorted());
@@ -66,7 +66,7 @@ proptest! {
 
 #[test]
 fn a_long_stack_of_like_layers_is_built_four_times() {
-    let (built, repeats) = representatives(&[7; 32], LEADING_LAYERS);
+    let (built, repeats) = representatives(&[7; 32], LEADING_LAYERS, false);
     assert_eq!(built, [0, 1, 2, 31]);
     assert_eq!(repeats.len(), 1);
     assert_eq!(repeats[0].more, 28);

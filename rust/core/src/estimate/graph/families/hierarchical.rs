@@ -71,7 +71,7 @@ pub(super) fn hrm(b: &mut Builder<'_>) {
     b.know_weights(cycles.layers * 2);
     let layers = if cycles.length() <= LONGEST_PERIOD {
         // a run reads what the slow stack gave before the runs of the fast one
-        b.layers_after(cycles.layers * cycles.low + 1, kind)
+        b.layers_far_reading(cycles.layers * cycles.low + 1, kind)
     } else {
         b.layers_by(|il| kind(il) << 16 | (il / cycles.layers) as u64)
     };

@@ -3,7 +3,6 @@
 use super::super::attention::{AttentionInput, Extras};
 use super::super::builder::{Activation, Builder, NONE, Norm};
 use super::super::experts::{ExpertActivation, Gating};
-use super::super::repeats::LEADING_LAYERS;
 use super::super::states::StateInput;
 use super::super::tensor::TensorId;
 use super::mamba::{mamba1, mamba2, plamo2 as plamo2_states, short_convolution};
@@ -126,8 +125,7 @@ pub(super) fn nemotron(b: &mut Builder<'_>) {
         .map(|width| *width != 0)
         .collect();
     // a feed-forward layer leaves all of itself for the next one to finish
-    let lead = LEADING_LAYERS + 1;
-    for il in b.layers_after(lead, |il| u64::from(feeds.get(il) == Some(&true))) {
+    for il in b.layers_after(1, |il| u64::from(feeds.get(il) == Some(&true))) {
         b.enter(il);
         let residual = cur;
         let normed = b.rms(cur, "attn_norm");
