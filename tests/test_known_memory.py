@@ -12,7 +12,8 @@ import llama_gpu as lg
 from llama_gpu.catalog import ModelEntry, scan
 from llama_gpu.config import load_config
 from llama_gpu.errors import DoesNotFitError
-from llama_gpu.loading import load_of
+from llama_gpu.loading import load_of, memory_options, outputs_of_slots
+from llama_gpu.memory.builds import keeps_logits_of_slots_alone
 from llama_gpu.memory.known import KnownMemory
 from llama_gpu.memory.record import DeviceTaken, Taken
 from llama_gpu.memory.store import EngineMark, MemoryStore
@@ -160,3 +161,82 @@ def test_another_process_reads_what_this_one_remembered(
     assert other.find(record.case) == record
     other.use_last_engine()
     assert other.build is None, "the program that it was measured with is gone"
+
+
+@pytest.mark.parametrize(
+    ("build", "keeps"),
+    [
+        ("llama-server 11000 (0c1e570)", True),
+        ("llama-server 0.5.0-dev (build 11000, commit 0c1e570)", True),
+        ("embedded xllamacpp 2026.10.11549", True),
+        ("llama-server 9464 (5dcb711)", False),
+        ("llama-server 99999 (0c1e570)", False),
+        ("llama-server 0.5.0-dev (build 1, commit 0c1e570)", False),
+        ("llama-server of 18000 bytes, written at 11000", False),
+        ("embedded xllamacpp 0.2.11000", True),
+        ("embedded xllamacpp 2027.1.99999", False),
+        ("llama-server None", False),
+    ],
+)
+def test_only_builds_between_what_was_seen_are_known_by_their_number(build: str, keeps: bool) -> None:
+    assert keeps_logits_of_slots_alone(build) is keeps
+
+
+def said_of_outputs(known: KnownMemory, entry: ModelEntry, outputs: int | None) -> None:
+    """A load logged that its server keeps so many logits."""
+    load = load_of(entry)
+    said = lg.estimate(load.header, devices=1, **load.options)
+    case = known.case(load, said, gpus(1))
+    assert case is not None
+    known.remember(case, entry.id, entry.path, said, taken=Taken((), DeviceTaken({}), outputs))
+
+
+def test_what_a_load_says_of_its_logits_counts_for_its_build_alone(
+    known: KnownMemory, entry: ModelEntry, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not known.keeps_logits_of_slots_alone
+    said_of_outputs(known, entry, None)
+    assert not known.keeps_logits_of_slots_alone
+    said_of_outputs(known, entry, entry.options.parallel)
+    assert known.keeps_logits_of_slots_alone
+    another = KnownMemory(store)
+    another.read([])
+    monkeypatch.setattr(another, "_mark", EngineMark("llama-server 1"))
+    assert another.keeps_logits_of_slots_alone, "it is in the store"
+    monkeypatch.setattr(another, "_mark", EngineMark("llama-server 2"))
+    assert not another.keeps_logits_of_slots_alone
+
+
+def test_the_last_load_wins_over_earlier_ones_and_over_the_number(
+    known: KnownMemory, entry: ModelEntry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(known, "_mark", EngineMark("llama-server 11000 (a fork)"))
+    assert known.keeps_logits_of_slots_alone
+    said_of_outputs(known, entry, entry.options.batch)
+    assert not known.keeps_logits_of_slots_alone
+    said_of_outputs(known, entry, entry.options.parallel)
+    assert known.keeps_logits_of_slots_alone
+
+
+def test_a_placement_has_the_logits_of_the_slots_where_servers_keep_no_more(
+    known: KnownMemory, entry: ModelEntry, place: Callable[..., Assignment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = place(4096).estimate
+    monkeypatch.setattr(known, "_mark", EngineMark("llama-server 11000 (0c1e570)"))
+    after = place(4096).estimate
+    load = load_of(entry)
+    capability = gpus(1)[0].compute_capability
+    assert before == lg.estimate(load.header, compute_capability=capability, **load.options)
+    slots = entry.options.parallel
+    assert after == lg.estimate(load.header, compute_capability=capability, max_outputs=slots, **load.options)
+    assert after != before
+
+
+def test_whose_logits_are_not_known_to_be_the_slots_keeps_the_dry_run_s_number(entry: ModelEntry) -> None:
+    options = memory_options(entry)
+    assert outputs_of_slots(entry, options) == entry.options.parallel
+    assert outputs_of_slots(entry, {**options, "batch": 2}) == 2
+    for changes in ({"extra_arguments": ("--spec-type", "draft-mtp")}, {"draft": entry.path}):
+        other = replace(entry, options=entry.options.model_copy(update=changes))
+        assert outputs_of_slots(other, options) is None
+    assert outputs_of_slots(replace(entry, embedding=True), options) is None

@@ -283,6 +283,7 @@ def test_every_option_of_estimate_stands_in_the_key_or_has_a_reason_not_to() -> 
         "compute_capability": "kinds",
         "backend": "only CUDA's is measured",
         "context_length": "as the estimate resolved it",
+        "max_outputs": "the build decides",
         "mmproj_offload": "where it is False; else the keys of before would be lost",
     }
     known = {*DEFAULTS, *COMPANIONS, "lora", *elsewhere}

@@ -16,7 +16,7 @@ import llama_gpu as lg
 from llama_gpu.launch import Engine, plan_dry_run
 from llama_gpu.memory.projection import projected_estimate, projection_tool, read_projection
 from support.fake_nvml import FakeGpu, FakeNvml, default_uuid
-from support.gguf_builder import write_llama
+from support.gguf_builder import write_llama, write_sparse
 from support.proxy import Proxy, running_proxy
 
 MIB = 1 << 20
@@ -71,6 +71,21 @@ def test_the_projected_tier_is_never_below_what_was_printed_and_the_estimate_whe
         (device.weights_bytes, device.context_bytes, device.compute_bytes), row, strict=True
     ):
         assert mib * MIB <= size <= (mib + 1) * MIB
+
+
+@given(memories, memories, st.integers(0, 1 << 20))
+def test_where_the_dry_run_agrees_with_the_logits_of_all_tokens_those_of_the_slots_stand(
+    slots: lg.DeviceMemory, whole: lg.DeviceMemory, other: int
+) -> None:
+    said, asked = (
+        lg.MemoryEstimate(devices=[], host=memory, basis="exact", context_length=1)
+        for memory in (slots, whole)
+    )
+    row = (whole.weights_bytes // MIB, whole.context_bytes // MIB, whole.compute_bytes // MIB)
+    assert projected_estimate([row], said, asked).host == slots
+    differs = (row[0], row[1], other)
+    (compute,) = {projected_estimate([differs], said, asked).host.compute_bytes}
+    assert compute == (slots.compute_bytes if other == row[2] else (other + 1) * MIB)
 
 
 def test_it_is_asked_with_the_flags_that_the_server_would_get() -> None:
@@ -178,6 +193,22 @@ def test_before_the_first_load_the_dry_run_s_answer_is_the_best_estimate_and_it_
     (question,) = questions(model)
     assert question["gpus"] == default_uuid(0)
     assert question["nice"] > os.nice(0)
+
+
+def test_logits_of_slots_alone_are_taken_off_what_the_dry_run_says(model: Path, tmp_path: Path) -> None:
+    write_sparse(model, layers=2, vocabulary=128_000)
+    server = tmp_path / "llama-server"
+    server.write_text(server.read_text().replace("version: 0 (fake)", "version: 11000 (fake)"))
+    whole = lg.estimate(model, **OPTIONS).devices[0]
+    slots = lg.estimate(model, max_outputs=1, **OPTIONS).devices[0]
+    assert whole.compute_bytes - slots.compute_bytes > MIB
+    sizes = (700, whole.context_bytes // MIB, whole.compute_bytes // MIB)
+    Path(f"{model}.fit.txt").write_text(f"CUDA0 {' '.join(map(str, sizes))} \nHost 0 0 0 \n")
+    with proxy_with(tmp_path) as proxy:
+        wait_for_the_answer(proxy)
+    projected = lg.estimate(model, tier="best", **OPTIONS).devices[0]
+    assert projected.weights_bytes == 701 * MIB, "the dry run's word"
+    assert projected.compute_bytes == slots.compute_bytes
 
 
 def test_a_load_puts_the_measure_before_the_projection(model: Path, tmp_path: Path) -> None:

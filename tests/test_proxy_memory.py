@@ -18,7 +18,7 @@ import llama_gpu as lg
 from llama_gpu.memory.record import Record
 from llama_gpu.memory.store import MemoryStore
 from support.fake_nvml import FakeGpu, FakeNvml, FakeProcess
-from support.gguf_builder import write_llama
+from support.gguf_builder import write_llama, write_sparse
 from support.proxy import Proxy, running_proxy
 
 MIB = 1 << 20
@@ -68,7 +68,9 @@ def test_after_a_real_load_the_next_estimate_is_what_the_load_took(model: Path, 
     assert after_a_load.taken is not None
     assert estimate.host.total_bytes == after_a_load.taken.host.logged_bytes > 0
     assert estimate.devices == ()
-    analytic = lg.estimate(model, devices=0, **OPTIONS)
+    # The installed engine is known to keep no more logits than it has slots, and says so itself.
+    analytic = lg.estimate(model, devices=0, max_outputs=1, **OPTIONS)
+    assert after_a_load.taken.max_outputs == 1
     assert estimate.host.context_bytes == pytest.approx(analytic.host.context_bytes, abs=MIB // 100)
     assert after_a_load.analytic == analytic, "what was said is kept beside what was taken"
 
@@ -176,6 +178,30 @@ def test_the_next_placement_claims_what_the_last_load_took(machine: Machine) -> 
         proxy.wait_for_line("load small: .*measured: ")
         (server,) = proxy.get("/health")["servers"]
         assert server["gpu_assignment"]["estimated_vram_required_bytes"] == device.total_bytes
+
+
+def claimed_bytes(proxy: Proxy, model: str) -> int:
+    assert proxy.chat(model).status_code == 200
+    servers = {server["model_id"]: server for server in proxy.get("/health")["servers"]}
+    return int(servers[model]["gpu_assignment"]["estimated_vram_required_bytes"])
+
+
+def test_what_a_load_says_of_its_logits_is_known_of_all_later_ones_of_that_build(machine: Machine) -> None:
+    for name in ("other", "third"):
+        write_sparse(machine.model.with_name(f"{name}.gguf"), layers=2)
+    script = {"log_lines": ["llama_context: n_outputs_max         = 1"]}
+    Path(f"{machine.model}.fake.json").write_text(json.dumps(script))
+    whole = lg.estimate(machine.model.with_name("other.gguf"), **OPTIONS).total_device_bytes
+    slots = lg.estimate(machine.model.with_name("third.gguf"), max_outputs=1, **OPTIONS).total_device_bytes
+    assert slots < whole
+    with machine.proxy() as proxy:
+        assert claimed_bytes(proxy, "other") == whole, "nothing is known of version 0"
+        loaded_once(proxy, machine.file)
+        assert claimed_bytes(proxy, "third") == slots
+    write_sparse(machine.model.with_name("fourth.gguf"), layers=2)
+    with machine.proxy() as proxy:
+        proxy.wait_for_line("memory of earlier loads is known: ")
+        assert claimed_bytes(proxy, "fourth") == slots, "the next process knows it, too"
 
 
 def test_plan_goes_by_what_a_load_took_as_the_proxy_does(machine: Machine) -> None:

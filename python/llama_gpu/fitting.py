@@ -15,7 +15,13 @@ from llama_gpu.config import Config
 from llama_gpu.degradation import CpuUse, GivenUp, given_up
 from llama_gpu.errors import DoesNotFitError, LlamaGpuError
 from llama_gpu.host_room import HostRoom, default_cache_ram_bytes, host_need
-from llama_gpu.loading import estimate_options, load_of, memory_options, with_trained_length
+from llama_gpu.loading import (
+    estimate_options,
+    load_of,
+    memory_options,
+    output_options,
+    with_trained_length,
+)
 from llama_gpu.memory.known import KnownMemory, Load
 from llama_gpu.residents import Assignment, ResidentView
 from llama_gpu.strategies import chosen_place, load_strategy
@@ -116,6 +122,7 @@ class Fitting:
                 draft=entry.options.draft,
                 devices=0,
                 **estimate_options(options),
+                **output_options(self._known, entry, options),
             )
         except (LlamaGpuError, OSError, ValueError):  # llama.cpp may take what cannot be estimated
             said = None
@@ -178,6 +185,7 @@ class Fitting:
                 "draft": entry.options.draft,
                 "gpu_layers": entry.options.gpu_layers,
                 **estimate_options(options),
+                **output_options(self._known, entry, options),
             }
             if self._strategy is not None:
                 name = self._config.gpu.strategy

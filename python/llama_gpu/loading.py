@@ -6,9 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from llama_gpu.catalog import ModelEntry
-from llama_gpu.memory.known import Load
+from llama_gpu.memory.known import KnownMemory, Load
 
-__all__ = ["HOST_ONLY", "estimate_options", "has_experts", "load_of", "memory_options", "with_trained_length"]
+__all__ = [
+    "HOST_ONLY",
+    "estimate_options",
+    "has_experts",
+    "load_of",
+    "memory_options",
+    "output_options",
+    "outputs_of_slots",
+    "with_trained_length",
+]
 
 HOST_ONLY = ("cache_ram_bytes", "context_checkpoints")
 """Options of a server that ``estimate`` does not know: they take host memory beside llama.cpp's buffers."""
@@ -17,6 +26,10 @@ _FOR_ESTIMATES = (
     *("context_length", "parallel", "kv_unified", "batch", "micro_batch", "flash_attention"),
     *("cache_type_k", "cache_type_v", "cpu_moe_layers", "kv_offload", "swa_full", "mmproj_offload"),
 )
+
+
+_RESERVED_AGAIN = frozenset({"kimi-linear", "minimax-01"})
+"""One sequence needs a larger graph than all slots, and llama.cpp reserves both (``sched_reserve``)."""
 
 
 def memory_options(entry: ModelEntry, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -41,6 +54,31 @@ def memory_options(entry: ModelEntry, changes: Mapping[str, Any] | None = None) 
 def estimate_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Those of a server's options that ``estimate`` and ``place`` take."""
     return {name: value for name, value in options.items() if name not in HOST_ONLY}
+
+
+def outputs_of_slots(entry: ModelEntry, options: Mapping[str, Any]) -> int | None:
+    """How many logits a server keeps that keeps those of its slots alone (``server_output_limits``).
+
+    None where it keeps all, or where that is not known: with flags that pass through unread, with a draft.
+    """
+    architecture = entry.header.architecture if entry.header else None
+    if (
+        entry.embedding
+        or entry.options.draft
+        or entry.options.extra_arguments
+        or architecture in _RESERVED_AGAIN
+    ):
+        return None
+    outputs: int = min(options["parallel"], options["batch"])
+    return outputs
+
+
+def output_options(
+    known: KnownMemory | None, entry: ModelEntry, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """``max_outputs`` as ``estimate`` and ``place`` take it, where servers are known to keep no more."""
+    outputs = outputs_of_slots(entry, options) if known and known.keeps_logits_of_slots_alone else None
+    return {} if outputs is None else {"max_outputs": outputs}
 
 
 def load_of(entry: ModelEntry, options: Mapping[str, Any] | None = None) -> Load:

@@ -45,11 +45,13 @@ def taken_by_load(
     buffers: LoadedBuffers,
     *,
     logged_in_full: bool,
+    says_outputs: bool = False,
 ) -> Taken | None:
     """The same to be remembered, by kind of buffer; None where a part of it is not known.
 
     ``logged_in_full`` is False where llama.cpp loads something that it logs no buffer of (a
-    projector): then only the driver can tell.
+    projector): then only the driver can tell. ``says_outputs``: of how many tokens the server keeps
+    logits says something of its build.
     """
     by_uuid = {gpu.uuid: gpu for gpu in gpus}
     devices = []
@@ -60,7 +62,8 @@ def taken_by_load(
             return None
         devices.append(DeviceTaken(logged, told))
     host = buffers.host_by_kind
-    return Taken(tuple(devices), DeviceTaken(host)) if devices or host else None
+    outputs = buffers.max_outputs if says_outputs else None
+    return Taken(tuple(devices), DeviceTaken(host), outputs) if devices or host else None
 
 
 def _told_by_driver(gpu: Gpu | None, pid: int | None) -> int | None:

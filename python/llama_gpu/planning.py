@@ -13,7 +13,7 @@ from llama_gpu.budget import Claim, HostMemory, available_gpus, overdrawn_bytes
 from llama_gpu.catalog import ModelEntry
 from llama_gpu.config import Config
 from llama_gpu.errors import DoesNotFitError, LlamaGpuError
-from llama_gpu.loading import estimate_options, load_of, memory_options
+from llama_gpu.loading import estimate_options, load_of, memory_options, output_options
 from llama_gpu.memory.known import KnownMemory
 from llama_gpu.placing import Placing
 from llama_gpu.residents import Assignment, ResidentView
@@ -148,7 +148,7 @@ class Planning:
         state = self._state
         gpus = available_gpus(state.snapshot.gpus, state.claims)
         there = [entry for entry in entries if entry.id not in state.residents]
-        together = plan_together(self._config, there, gpus)
+        together = plan_together(self._config, there, gpus, self._known)
         index = {gpu.uuid: gpu.index for gpu in gpus}
         models = []
         for entry in entries:
@@ -201,6 +201,7 @@ class Planning:
         gpus = available_gpus(self._state.snapshot.gpus, claims)
         settings, options = self._config.gpu, entry.options
         owed = overdrawn_bytes(self._state.snapshot.gpus, claims)
+        chosen = memory_options(entry)
         policy = Policy(
             strategy=settings.built_in_strategy,
             max_gpus=options.max_gpus,
@@ -219,7 +220,8 @@ class Planning:
                 mmproj=entry.mmproj,
                 draft=options.draft,
                 gpu_layers=options.gpu_layers,
-                **estimate_options(memory_options(entry)),
+                **estimate_options(chosen),
+                **output_options(self._known, entry, chosen),
             )
         except (LlamaGpuError, OSError, ValueError):
             return None  # the placement has said so already

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import structlog
 
-from llama_gpu import Gpu, MemoryEstimate
+from llama_gpu import Gpu, MemoryEstimate, estimate
 from llama_gpu.budget import Claim
 from llama_gpu.catalog import ModelEntry
 from llama_gpu.errors import LlamaGpuError
@@ -46,6 +46,7 @@ _log = structlog.get_logger("llama_gpu")
 class _Question:
     case: Case
     said: MemoryEstimate
+    whole: MemoryEstimate
     run: DryRun
     gpu_uuids: tuple[str, ...]
 
@@ -100,7 +101,8 @@ class Projecting:
         gpus = [by_uuid[uuid] for uuid in assignment.gpu_uuids if uuid in by_uuid]
         said = assignment.estimate
         roomy = gpus and all((gpu.free_bytes or 0) >= CONTEXT_BYTES for gpu in gpus)
-        case = self._known.case(load_of(entry, assignment.options), said, gpus) if said and roomy else None
+        load = load_of(entry, assignment.options)
+        case = self._known.case(load, said, gpus) if said and roomy else None
         if said is None or case is None or case in self._asked or self._known.find(case):
             return None
         run = plan_dry_run(
@@ -111,7 +113,17 @@ class Projecting:
             tensor_split=assignment.tensor_split or (),
             **estimate_options(assignment.options),
         )
-        return None if run is None else _Question(case, said, run, assignment.gpu_uuids)
+        if run is None:
+            return None
+        # As the tool reckons: with the logits of a whole physical batch.
+        whole = estimate(
+            load.header,
+            devices=len(gpus),
+            gpu_layers=assignment.gpu_layers,
+            tensor_split=assignment.tensor_split,
+            **load.options,
+        )
+        return _Question(case, said, whole, run, assignment.gpu_uuids)
 
     async def _answer(self, question: _Question, entry: ModelEntry) -> bool:
         """Ask, and remember the answer; False to ask again."""
@@ -124,7 +136,7 @@ class Projecting:
             _log.debug(f"the dry run does not say what {entry.id} takes")
             return True
         said = question.said
-        projected = projected_estimate(rows, said)
+        projected = projected_estimate(rows, said, question.whole)
         await asyncio.to_thread(
             self._known.remember, question.case, entry.id, entry.path, said, projected=projected
         )

@@ -17,7 +17,7 @@ from llama_gpu.buffer_lines import LoadedBuffers
 from llama_gpu.catalog import ModelEntry
 from llama_gpu.config import Config
 from llama_gpu.launch import Engine
-from llama_gpu.loading import load_of
+from llama_gpu.loading import load_of, outputs_of_slots
 from llama_gpu.measured import taken_by_load
 from llama_gpu.memory.known import KnownMemory
 from llama_gpu.memory.projection import projection_tool
@@ -113,7 +113,14 @@ class Remembering:
         if entry.header is not None:
             work = _in_thread(self.known.remember_load_seconds, entry.header, seconds)
             self._spawn(work, f"remembering how long {entry.id} took")
-        taken = taken_by_load(gpus, pid, assignment.gpu_uuids, buffers, logged_in_full=entry.mmproj is None)
+        taken = taken_by_load(
+            gpus,
+            pid,
+            assignment.gpu_uuids,
+            buffers,
+            logged_in_full=entry.mmproj is None,
+            says_outputs=outputs_of_slots(entry, assignment.options) is not None,
+        )
         by_uuid = {gpu.uuid: gpu for gpu in gpus}
         used = [by_uuid[uuid] for uuid in assignment.gpu_uuids if uuid in by_uuid]
         # The engine may have been replaced since; then nobody knows which of the two this was.

@@ -333,7 +333,7 @@ class Supervisor:
     def _preload_pinned(self) -> None:
         """Load what is pinned where all of it has room: one after the other might strand the last."""
         pinned = [entry for entry in self.catalog.models if entry.options.pinned]
-        together = plan_together(self.config, pinned, self.snapshot.gpus)
+        together = plan_together(self.config, pinned, self.snapshot.gpus, self.known_memory)
         if together.problem:
             _log.warning(together.problem)
         self._placing.planned = together.places

@@ -9,7 +9,8 @@ from llama_gpu import Gpu, Policy, Wanted, estimate, plan
 from llama_gpu.catalog import ModelEntry
 from llama_gpu.config import Config
 from llama_gpu.errors import DoesNotFitError, LlamaGpuError
-from llama_gpu.loading import estimate_options, memory_options
+from llama_gpu.loading import estimate_options, memory_options, output_options
+from llama_gpu.memory.known import KnownMemory
 
 __all__ = ["Together", "plan_together"]
 
@@ -24,7 +25,9 @@ class Together:
     """Why the pinned models cannot all be resident; None where they can."""
 
 
-def plan_together(config: Config, entries: Iterable[ModelEntry], gpus: Sequence[Gpu]) -> Together:
+def plan_together(
+    config: Config, entries: Iterable[ModelEntry], gpus: Sequence[Gpu], known: KnownMemory | None = None
+) -> Together:
     """The models that are worth the most together.
 
     Pinned ones come first, then those of higher priority, and then as many as can be. Models that have no
@@ -39,11 +42,12 @@ def plan_together(config: Config, entries: Iterable[ModelEntry], gpus: Sequence[
         **config.gpu.headroom(),
     )
     try:
-        found = plan([_wanted(entry, pinned=_needs_gpus(entry)) for entry in wanted], gpus, policy=policy)
+        pinned = [_wanted(entry, known, pinned=_needs_gpus(entry)) for entry in wanted]
+        found = plan(pinned, gpus, policy=policy)
         problem = None
     except DoesNotFitError as error:
         # Even so most of them may have a place: those of the highest priority do.
-        found = plan([_wanted(entry, pinned=False) for entry in wanted], gpus, policy=policy)
+        found = plan([_wanted(entry, known, pinned=False) for entry in wanted], gpus, policy=policy)
         problem = str(error)
     places = {
         model: tuple(device.uuid for device in placement.devices)
@@ -71,8 +75,8 @@ def _needs_gpus(entry: ModelEntry) -> bool:
     return entry.options.pinned and entry.options.cpu in {None, "never"} and not entry.options.partial
 
 
-def _wanted(entry: ModelEntry, *, pinned: bool) -> Wanted:
-    options = entry.options
+def _wanted(entry: ModelEntry, known: KnownMemory | None, *, pinned: bool) -> Wanted:
+    options, chosen = entry.options, memory_options(entry)
     assert entry.header is not None  # noqa: S101 - the others are not asked for
     # Where not all pinned ones have room, they still come before all others.
     return Wanted(
@@ -86,5 +90,6 @@ def _wanted(entry: ModelEntry, *, pinned: bool) -> Wanted:
         mmproj=entry.mmproj,
         draft=options.draft,
         gpu_layers=options.gpu_layers,
-        **estimate_options(memory_options(entry)),
+        **estimate_options(chosen),
+        **output_options(known, entry, chosen),
     )

@@ -7,6 +7,7 @@ Looking up takes microseconds and touches no store. :meth:`KnownMemory.read` and
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 import time
 from collections import Counter
@@ -20,6 +21,7 @@ from llama_gpu._core import Gpu, Header, MemoryEstimate
 from llama_gpu.errors import LlamaGpuError
 from llama_gpu.launch import Engine
 from llama_gpu.memory.best import build_now, mark_of
+from llama_gpu.memory.builds import keeps_logits_of_slots_alone
 from llama_gpu.memory.case import Case, gpu_kind, model_identity, options_text
 from llama_gpu.memory.record import Record, Taken
 from llama_gpu.memory.store import EngineMark, MemoryStore
@@ -48,11 +50,23 @@ class KnownMemory:
         self._records: dict[Case, Record] = {}
         self._load_seconds: dict[str, float] = {}
         self._mark: EngineMark | None = None
+        self._slots_alone: dict[str, tuple[float, bool]] = {}
 
     @property
     def build(self) -> str | None:
         """The llama.cpp that loads are started with; None before one was found."""
         return self._mark.build if self._mark else None
+
+    @property
+    def keeps_logits_of_slots_alone(self) -> bool:
+        """Whether servers do, as the last load of this llama.cpp said, or else as its build number tells.
+
+        False where neither does: then a server may keep those of a whole physical batch, as the dry run does.
+        """
+        if self.build is None:
+            return False
+        told = self._slots_alone.get(self.build)
+        return keeps_logits_of_slots_alone(self.build) if told is None else told[1]
 
     def read(self, headers: Iterable[Header]) -> int:
         """Read the store, and the headers' bytes once, so that looking up need not; how many records."""
@@ -61,6 +75,7 @@ class KnownMemory:
                 older = self._records.get(record.case)
                 if older is None or older.at <= record.at:
                     self._records[record.case] = record
+                self._note_outputs(record)
         seconds = self.store.load_seconds()
         for header in headers:
             with contextlib.suppress(OSError):  # a file that has gone is told elsewhere
@@ -172,6 +187,18 @@ class KnownMemory:
         with self._lock:
             older = self._records.get(record.case)
             self._records[record.case] = older.joined(record) if older else record
+            self._note_outputs(record)
+
+    def _note_outputs(self, record: Record) -> None:
+        """What a load says of its build; nothing where the slots fill a whole batch."""
+        outputs = record.taken.max_outputs if record.taken else None
+        told = self._slots_alone.get(record.case.build)
+        if outputs is None or (told and told[0] > record.at):
+            return
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # another version of llama-gpu wrote it
+            options = json.loads(record.case.options)
+            if options["parallel"] < options["batch"]:
+                self._slots_alone[record.case.build] = (record.at, outputs <= options["parallel"])
 
 
 def _first_file(header: Header) -> str:

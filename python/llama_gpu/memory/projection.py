@@ -42,22 +42,27 @@ def read_projection(text: str, devices: int) -> tuple[Row, ...] | None:
     return tuple((int(model), int(context), int(compute)) for _, model, context, compute in found)
 
 
-def projected_estimate(rows: Sequence[Row], said: MemoryEstimate) -> MemoryEstimate:
+def projected_estimate(
+    rows: Sequence[Row], said: MemoryEstimate, whole: MemoryEstimate | None = None
+) -> MemoryEstimate:
     """The projected tier; ``said`` is the analytic estimate of the same case.
 
-    Where both agree as far as whole MiB can tell, the estimate's bytes stand; else the next MiB up, so
-    that it is never too little. Overhead is the estimate's.
+    The dry run keeps the logits of a whole physical batch. Where ``said`` does not, ``whole`` is the
+    estimate that does. Where dry run and estimate agree as far as whole MiB can tell, the bytes of ``said``
+    stand; else the dry run's next MiB up, so that it is never too little. Overhead is the estimate's.
     """
+    asked = said if whole is None else whole
     *devices, host = (
-        _projected(row, memory) for row, memory in zip(rows, (*said.devices, said.host), strict=True)
+        _projected(row, *memories)
+        for row, *memories in zip(rows, (*said.devices, said.host), (*asked.devices, asked.host), strict=True)
     )
     return MemoryEstimate(devices=devices, host=host, basis="projected", context_length=said.context_length)
 
 
-def _projected(row: Row, said: DeviceMemory) -> DeviceMemory:
-    reckoned = (said.weights_bytes, said.context_bytes, said.compute_bytes)
+def _projected(row: Row, said: DeviceMemory, asked: DeviceMemory) -> DeviceMemory:
     weights, context, compute = (
-        size if size // MIB == mib else (mib + 1) * MIB for size, mib in zip(reckoned, row, strict=True)
+        size if whole // MIB == mib else (mib + 1) * MIB
+        for size, whole, mib in zip(_buffers(said), _buffers(asked), row, strict=True)
     )
     return DeviceMemory(
         weights_bytes=weights,
@@ -66,3 +71,7 @@ def _projected(row: Row, said: DeviceMemory) -> DeviceMemory:
         overhead_bytes=said.overhead_bytes,
         layers=said.layers,
     )
+
+
+def _buffers(memory: DeviceMemory) -> Row:
+    return memory.weights_bytes, memory.context_bytes, memory.compute_bytes

@@ -65,10 +65,14 @@ class DeviceTaken:
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """What one load took: a :class:`DeviceTaken` per device, in device order, and the host's."""
+    """What one load took: a :class:`DeviceTaken` per device, in device order, and the host's.
+
+    ``max_outputs`` is of how many tokens the server keeps logits, None where that says nothing of its build.
+    """
 
     devices: tuple[DeviceTaken, ...]
     host: DeviceTaken
+    max_outputs: int | None = None
 
     def as_estimate(self, said: MemoryEstimate) -> MemoryEstimate:
         """The measured tier; ``said`` is the analytic estimate of the same case."""
@@ -145,6 +149,7 @@ def taken_to_json(taken: Taken) -> str:
         {
             "devices": [[took.driver_bytes, dict(took.buffers)] for took in taken.devices],
             "host": dict(taken.host.buffers),
+            "max_outputs": taken.max_outputs,
         }
     )
 
@@ -155,4 +160,5 @@ def taken_from_json(text: str) -> Taken:
     return Taken(
         devices=tuple(DeviceTaken(buffers, driver) for driver, buffers in told["devices"]),
         host=DeviceTaken(told["host"]),
+        max_outputs=told.get("max_outputs"),
     )
