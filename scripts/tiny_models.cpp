@@ -2,9 +2,9 @@
 //
 // A line on stdin is a model: `ARCHITECTURE dense|moe PATH [LAYERS [KEY=NUMBER ...]]`. KEY is one after `ARCHITECTURE.`, or
 // `vocabulary`, or `raw`, which saves the keys given here and not what llama.cpp makes of them, or `without`, which leaves out the
-// tensors of that name; NUMBER may be a list, or `-` to leave the key out. Lists with an entry per layer are repeated to the new
-// length. Each model is made in a child of its own, because impossible ones abort. With an argument the architectures are
-// listed: name, experts mandatory, experts possible.
+// tensors of that name, or `mtp`, which makes the last layer one that predicts; NUMBER may be a list, or `-` to leave the key out.
+// Lists with an entry per layer are repeated to the new length. Each model is made in a child of its own, because impossible ones
+// abort. With an argument the architectures are listed: name, experts mandatory, experts possible.
 //
 // Built by ground_truth.py against the libraries of a llama.cpp build.
 
@@ -48,6 +48,24 @@ static void set_vocabulary(gguf_context * keys, const std::string & prefix, size
     set_number(keys, prefix + "vocab_size", size);
 }
 
+// Makes the last layer a block of multi-token prediction: llama.cpp makes no such models itself, because it skips their tensors.
+static void set_prediction_layer(gguf_context * header, const std::string & prefix) {
+    const auto number = [&](const char * key) { return gguf_get_val_u32(header, gguf_find_key(header, (prefix + key).c_str())); };
+    const uint32_t n_embd = number("embedding_length");
+    const std::string layer = "blk." + std::to_string(number("block_count") - 1) + ".nextn.";
+    set_number(header, prefix + "nextn_predict_layers", 1);
+    ggml_context_ptr context(ggml_init({ 4*ggml_tensor_overhead(), nullptr, true }));
+    const auto add = [&](const char * name, int64_t rows, int64_t columns) {
+        ggml_tensor * tensor = ggml_new_tensor_2d(context.get(), GGML_TYPE_F32, rows, columns);
+        ggml_set_name(tensor, (layer + name + ".weight").c_str());
+        gguf_add_tensor(header, tensor);
+    };
+    add("eh_proj", 2*n_embd, n_embd);
+    add("enorm", n_embd, 1);
+    add("hnorm", n_embd, 1);
+    add("shared_head_norm", n_embd, 1);
+}
+
 // Repeats every list with an entry per layer.
 static void set_layers(gguf_context * keys, const std::string & prefix, size_t from, size_t to) {
     for (int64_t id = 0; id < gguf_get_n_kv(keys); id++) {
@@ -75,7 +93,7 @@ static void set_layers(gguf_context * keys, const std::string & prefix, size_t f
 
 // The header as llama.cpp saves it, or (where it cannot) with the keys the model was made from, and the full length: the
 // weights are a hole.
-static void write_header(const llama_model * model, const gguf_context * keys, bool saves, const std::string & without, const std::string & path) {
+static void write_header(const llama_model * model, const gguf_context * keys, bool saves, const std::string & without, const std::string & predicts, const std::string & path) {
     gguf_context_ptr own(gguf_init_empty());
     gguf_context * header = own.get();
     std::unique_ptr<llama_model_saver> saver;
@@ -86,15 +104,20 @@ static void write_header(const llama_model * model, const gguf_context * keys, b
     } else {
         gguf_set_kv(header, keys);
     }
-    if (saves && without.empty()) {
+    if (saves && without.empty() && predicts.empty()) {
         saver->add_tensors_from_model();
     } else {
+        const std::string last = "blk." + std::to_string(llama_model_n_layer(model) - 1) + ".";
         for (const auto & [name, tensor] : llama_internal_get_tensor_map(model)) {
             const bool left_out = !without.empty() && name.find("." + without + ".") != std::string::npos;
-            if (!left_out && gguf_find_tensor(header, name.c_str()) < 0) {
+            const bool has_no_part = !predicts.empty() && name.rfind(last, 0) == 0 && name.find("scale") != std::string::npos;
+            if (!left_out && !has_no_part && gguf_find_tensor(header, name.c_str()) < 0) {
                 gguf_add_tensor(header, tensor);
             }
         }
+    }
+    if (!predicts.empty()) {
+        set_prediction_layer(header, predicts);
     }
     gguf_write_to_file(header, path.c_str(), true);
     size_t length = gguf_get_meta_size(header);
@@ -111,7 +134,7 @@ static int write_one(const std::string & line) {
     std::string name, kind, path, setting;
     size_t layers = 0;
     words >> name >> kind >> path >> layers;
-    std::string without;
+    std::string without, predicts;
     bool saves = true;
     for (const llm_arch & arch : llm_arch_all()) {
         if (name != llm_arch_name(arch)) {
@@ -131,6 +154,8 @@ static int write_one(const std::string & line) {
                 saves = false;
             } else if (key == "without") {
                 without = text;
+            } else if (key == "mtp") {
+                predicts = prefix;
             } else if (key == "vocabulary") {
                 set_vocabulary(keys.get(), prefix, std::stoul(text));
             } else if (text.find(',') != std::string::npos) {
@@ -156,7 +181,7 @@ static int write_one(const std::string & line) {
         if (model == nullptr) {
             return 1;
         }
-        write_header(model, keys.get(), saves, without, path);
+        write_header(model, keys.get(), saves, without, predicts, path);
         return 0;
     }
     return 2;

@@ -127,7 +127,8 @@ pub struct Companions<'a> {
 /// the host. The draft gets the
 /// model's context, slots and split, an f16 cache, and all its layers on devices
 /// (`common_base_params_to_speculative`, common/speculative.cpp). It keeps the logits of one token a slot: without
-/// `max_outputs` its compute buffer is an upper bound.
+/// `max_outputs` its compute buffer is an upper bound, and the basis is [`Basis::GenericRules`], as it is where the draft's is, where
+/// the draft reads the model's hidden states, which changes both graphs, and with adapters, whose products are not counted.
 ///
 /// # Errors
 /// As [`estimate`].
@@ -148,6 +149,7 @@ pub fn estimate_with(
             device.weights_bytes = device.weights_bytes.saturating_add(more);
         }
         sum.host.weights_bytes = sum.host.weights_bytes.saturating_add(bytes.host);
+        sum.basis = Basis::GenericRules;
     }
     if let Some(projector) = companions.projector {
         let bytes = weights::device_bytes(projector.weights, options.backend);
@@ -179,6 +181,10 @@ pub fn estimate_with(
         let repacked = added.host.overhead_bytes;
         add_model(&mut sum.host, &added.host);
         sum.host.overhead_bytes = sum.host.overhead_bytes.saturating_add(repacked);
+        let bounds = options.max_outputs.is_none() || drafts_from_hidden_states(draft);
+        if bounds || added.basis != Basis::Exact {
+            sum.basis = Basis::GenericRules;
+        }
     }
     Ok(sum)
 }

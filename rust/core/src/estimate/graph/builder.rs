@@ -74,6 +74,7 @@ const EXPERT_SCALES: &[&str] = &[
     "glm-dsa",
     "hy_v3",
     "llama",
+    "llama-embed",
     "mellum",
     "mistral3",
     "nemotron_h",
@@ -91,6 +92,7 @@ const FEED_FORWARD_SCALES: &[&str] = &[
     "cohere2moe",
     "gemma4",
     "llama",
+    "llama-embed",
     "mistral3",
     "qwen3",
     "qwen35",
@@ -427,7 +429,14 @@ impl<'a> Builder<'a> {
                 listed(EXPERT_SCALES)
             } else if name.contains("shexp") {
                 listed(EXPERT_SCALES)
-                    && !listed(&["llama", "mellum", "mistral3", "gemma4", "qwen3moe"])
+                    && !listed(&[
+                        "llama",
+                        "llama-embed",
+                        "mellum",
+                        "mistral3",
+                        "gemma4",
+                        "qwen3moe",
+                    ])
             } else {
                 !name.starts_with("ffn_") || listed(FEED_FORWARD_SCALES)
             }

@@ -371,7 +371,8 @@ impl Decoder {
         shared: Shared,
     ) -> TensorId {
         let rotates = self.rotates(b, b.layer());
-        let factors = if self.factors && rotates {
+        let bare = b.slides() && b.model.architecture() == "step35";
+        let factors = if self.factors && rotates && !bare {
             b.rope_factors()
         } else {
             NONE

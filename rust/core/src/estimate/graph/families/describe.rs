@@ -40,8 +40,12 @@ pub(super) fn describe(b: &Builder<'_>) -> Option<Decoder> {
         .is_some_and(|scale| scale != 0.0);
     let description = match b.model.architecture() {
         "llama" | "qwen2" | "qwen3" | "qwen3moe" | "internlm2" | "xverse" | "qwen" | "exaone"
-        | "ernie4_5" | "deci" | "rnd1" | "mellum" | "apertus" | "pangu-embedded" | "paddleocr"
-        | "qwen2vl" | "dream" | "llada" | "spark2_5" | "qwen3tts" => PLAIN,
+        | "ernie4_5" | "deci" | "rnd1" | "mellum" | "apertus" | "paddleocr" | "qwen2vl"
+        | "dream" | "spark2_5" | "qwen3tts" => PLAIN,
+        "pangu-embedded" | "llada" => Decoder {
+            factors: false,
+            ..PLAIN
+        },
         "ernie4_5-moe" => Decoder {
             part: Part::InterleavedExperts,
             ..PLAIN
@@ -139,6 +143,7 @@ pub(super) fn describe(b: &Builder<'_>) -> Option<Decoder> {
             ..PLAIN
         },
         "cogvlm" => Decoder {
+            factors: false,
             outputs: Outputs::All,
             ..PLAIN
         },

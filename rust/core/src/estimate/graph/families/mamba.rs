@@ -76,7 +76,8 @@ fn scan(
         let shaped = b.g.reshape(states, [s.state, length, count, s.seqs]);
         b.g.ssm_scan([shaped, x, dt, a, bb, c, ids])
     });
-    let last = b.g.view_1d(out, s.state * s.inner * s.seqs);
+    let elements = s.state * s.inner;
+    let last = b.g.view_2d(out, elements, s.seqs, elements * 4);
     b.keep_state(last, states);
     out
 }

@@ -37,7 +37,7 @@ pub(super) fn granite_switch(b: &mut Builder<'_>) {
     };
     // the router is counted as the last layer
     let last = b.trunk().saturating_sub(2);
-    for il in b.layers().into_iter().filter(|il| *il <= last) {
+    for il in b.layers().filter(|il| *il <= last) {
         b.enter(il);
         let mut residual = cur;
         let normed = b.rms(cur, "attn_norm");
