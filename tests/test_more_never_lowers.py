@@ -395,20 +395,20 @@ def compute_buffers(carried: Carried, what: str) -> Iterator[tuple[int, int]]:
 @pytest.mark.parametrize(
     ("what", "lower", "by_a_quarter"),
     [
-        ("longer_context", 5, 0.2),
+        ("longer_context", 6, 0.3),
         ("larger_micro_batch", 2, 0.5),
-        ("more_outputs", 1, 0.5),
-        ("more_slots_on_one_cache", 8, 1.5),
-        ("more_slots_with_a_cache_each", 10, 1),
-        ("more_layers", 12, 1.5),
+        ("more_outputs", 0.5, 0.2),
+        ("more_slots_on_one_cache", 9, 1.6),
+        ("more_slots_with_a_cache_each", 13, 1.4),
+        ("more_layers", 25, 1.8),
     ],
 )
 def test_more_hardly_ever_lowers_a_compute_buffer(
     carried: Carried, what: str, lower: float, by_a_quarter: float
 ) -> None:
-    """``lower`` and ``by_a_quarter`` are of a thousand buffers, half as many again as were counted."""
+    """``lower`` and ``by_a_quarter`` are of a thousand buffers, twice what was counted."""
     buffers = list(compute_buffers(carried, what))
     losses = [1 - after / before for before, after in buffers if after < before]
     assert len(buffers) > 3000
-    assert 0 < len(losses) <= lower / 1000 * len(buffers)
+    assert len(losses) <= lower / 1000 * len(buffers)
     assert sum(loss > 0.25 for loss in losses) <= by_a_quarter / 1000 * len(buffers)
