@@ -171,12 +171,23 @@ impl Finder<'_> {
             })
             .collect();
         // tensors that the round before made and this one reads, where this one makes their like
-        let handed: Vec<(TensorId, TensorId, Lifetime)> = twins
+        let mut handed: Vec<(TensorId, TensorId, Lifetime)> = twins
             .iter()
             .map(|(before, id)| (*before, *id, self.life(*before)))
             .filter(|(_, _, life)| !life.own)
             .filter(|(_, _, life)| life.allocated || life.readers > 0 || life.views > 0)
             .collect();
+        // what runs once reads them once
+        for (node, _) in first.iter().filter(|node| !self.life(node.0).own) {
+            let tensor = self.graph.get(*node);
+            for (before, _, old) in &mut handed {
+                let reads = tensor.sources().filter(|source| source == before);
+                old.readers = old.readers.saturating_sub(reads.count() as u32);
+                old.views = old
+                    .views
+                    .saturating_sub(u32::from(tensor.view_of == *before));
+            }
+        }
         for (before, ..) in &handed {
             self.edit(*before, |life| life.own = true);
         }

@@ -89,6 +89,10 @@ impl Graph {
 
     /// A new contiguous tensor, and its place.
     #[inline]
+    #[expect(
+        clippy::indexing_slicing,
+        reason = "the arena was made large enough the line before"
+    )]
     pub(super) fn fresh(
         &mut self,
         op: Op,
@@ -101,9 +105,7 @@ impl Graph {
         }
         self.count += 1;
         let id = TensorId(u32::try_from(index).unwrap_or(u32::MAX));
-        // the arena has just been made large enough
-        let last = self.tensors.len() - 1;
-        let tensor = &mut self.tensors[index.min(last)];
+        let tensor = &mut self.tensors[index];
         tensor.begin(op, element, ne);
         (id, tensor)
     }

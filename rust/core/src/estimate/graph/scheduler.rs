@@ -241,6 +241,9 @@ impl Schedule {
             if self.is_copy(*id) {
                 return false;
             }
+            if id.0 < round.lowest {
+                continue;
+            }
             // the same node of an earlier run, or of a later one: the next layer finishes what this round began
             let earlier = id.0.checked_sub(round.shift).filter(|n| *n >= round.lowest);
             let later = id.0.checked_add(round.shift).filter(|n| *n < end);
@@ -261,17 +264,18 @@ impl Schedule {
                 }
             }
         }
-        // what all layers read is made once; what one layer reads of those before it must be known to move on
+        // what all layers read is made once; what one layer reads of those before it must be known to move on, or to stay
         let (stay, moved): (Vec<_>, Vec<_>) =
             pairs.into_iter().partition(|(before, now)| before == now);
-        let moves = |id: &TensorId| {
+        let is_known = |id: &TensorId| {
             graph.get(*id).storage != Storage::Planned
+                || stay.contains(&(*id, *id))
                 || moved.iter().any(|(before, _)| before == id)
         };
         let moves_on = |(before, now): &(TensorId, TensorId)| {
             now.0 >= round.lowest && !self.is_copy(*now) && !stay.contains(&(*before, *before))
         };
-        let known = unpaired.iter().all(moves) && moved.iter().all(moves_on);
+        let known = unpaired.iter().all(is_known) && moved.iter().all(moves_on);
         round.nodes.twins.extend(moved);
         known
     }
