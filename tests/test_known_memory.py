@@ -19,6 +19,7 @@ from llama_gpu.memory.record import DeviceTaken, Taken
 from llama_gpu.memory.store import EngineMark, MemoryStore
 from llama_gpu.placing import Placing
 from llama_gpu.residents import Assignment
+from support import ground_truth
 from support.gguf_builder import write_llama
 
 MIB = 1 << 20
@@ -232,7 +233,9 @@ def test_a_placement_has_the_logits_of_the_slots_where_servers_keep_no_more(
     assert after != before
 
 
-def test_whose_logits_are_not_known_to_be_the_slots_keeps_the_dry_run_s_number(entry: ModelEntry) -> None:
+def test_whose_logits_are_not_known_to_be_the_slots_keeps_the_dry_run_s_number(
+    entry: ModelEntry, tmp_path: Path
+) -> None:
     options = memory_options(entry)
     assert outputs_of_slots(entry, options) == entry.options.parallel
     assert outputs_of_slots(entry, {**options, "batch": 2}) == 2
@@ -240,3 +243,6 @@ def test_whose_logits_are_not_known_to_be_the_slots_keeps_the_dry_run_s_number(e
         other = replace(entry, options=entry.options.model_copy(update=changes))
         assert outputs_of_slots(other, options) is None
     assert outputs_of_slots(replace(entry, embedding=True), options) is None
+    for model in ("minimax-01-moe", "kimi-linear-moe"):
+        header = lg.read_header(ground_truth.write_model(model, tmp_path))
+        assert outputs_of_slots(replace(entry, header=header), options) is None
