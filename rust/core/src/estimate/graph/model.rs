@@ -93,11 +93,16 @@ pub(super) struct Layer {
     pub(super) weights: Named<Weight>,
     /// The names of `weights` alone, which are searched more often than anything else.
     names: Vec<u64>,
+    /// A bit for each name's last seven: most names that are asked for are not there.
+    marks: u128,
 }
 
 impl Layer {
     /// The place of a tensor among `weights`.
     pub(super) fn place(&self, hash: u64) -> Option<usize> {
+        if self.marks & mark(hash) == 0 {
+            return None;
+        }
         self.names.iter().position(|name| *name == hash)
     }
 }
@@ -146,6 +151,10 @@ fn bytes_hash(text: &str) -> u64 {
 fn mixed(number: u64) -> u64 {
     let product = u128::from(number ^ 0xa076_1d64_78bd_642f) * 0x9e37_79b9_7f4a_7c15;
     (product >> 64) as u64 ^ product as u64
+}
+
+fn mark(hash: u64) -> u128 {
+    1 << (hash % 128)
 }
 
 pub(super) fn find<T>(list: &Named<T>, hash: u64) -> Option<&T> {
@@ -208,6 +217,7 @@ impl GraphModel {
         for mut layer in kinds {
             layer.weights.sort_by_key(|(name, _)| *name);
             layer.names = layer.weights.iter().map(|(name, _)| *name).collect();
+            layer.marks = layer.names.iter().fold(0, |all, name| all | mark(*name));
             let kind = model
                 .kinds
                 .iter()

@@ -545,7 +545,8 @@ impl Schedule {
             }
             let backend = self.backend(id);
             if backend != current.backend
-                || (!current.inputs.is_empty() && brings_foreign_weight(graph, tensor, backend))
+                || (!current.inputs.is_empty()
+                    && self.brings_foreign_weight(graph, tensor, backend))
             {
                 let next = Split {
                     backend,
@@ -589,6 +590,19 @@ impl Schedule {
         }
         current.end = graph.nodes.len();
         self.splits.push(current);
+    }
+
+    /// A weight from another backend starts a new split, so that the copies of earlier weights can be dropped.
+    fn brings_foreign_weight(&self, graph: &Graph, tensor: &Tensor, backend: u8) -> bool {
+        let is_weight = |id: TensorId| {
+            matches!(
+                graph.get(id).storage,
+                Storage::Weights(_) | Storage::Repacked(_)
+            )
+        };
+        // weights are where they are assigned to
+        let foreign = |id: &TensorId| self.backend(*id) != backend && is_weight(*id);
+        tensor.sources().any(|source| foreign(&source))
     }
 
     /// The order in which the allocator sees it all: each split's copies before its nodes; under pipelining all copies first.
@@ -655,11 +669,6 @@ impl Schedule {
         }));
         self.splits = splits;
     }
-}
-
-/// A weight from another backend starts a new split, so that the copies of earlier weights can be dropped.
-fn brings_foreign_weight(graph: &Graph, tensor: &Tensor, backend: u8) -> bool {
-    tensor.sources().any(|source| matches!(graph.get(source).storage, Storage::Weights(home) | Storage::Repacked(home) if home != backend))
 }
 
 fn copy_of(graph: &mut Graph, id: TensorId, copies: usize) -> TensorId {
