@@ -2,7 +2,8 @@
 //
 // A line on stdin is a model: `ARCHITECTURE dense|moe PATH [LAYERS [KEY=NUMBER ...]]`. KEY is one after `ARCHITECTURE.`, or
 // `vocabulary`, or `raw`, which saves the keys given here and not what llama.cpp makes of them, or `without`, which leaves out the
-// tensors of that name, or `mtp`, which makes the last layer one that predicts; NUMBER may be a list, or `-` to leave the key out.
+// tensors of that name, or `mtp`, which makes the last layer one that predicts, or `own`, which adds the token embeddings that a
+// draft head may share with its model; NUMBER may be a list, or `-` to leave the key out.
 // Lists with an entry per layer are repeated to the new length. Each model is made in a child of its own, because impossible ones
 // abort. With an argument the architectures are listed: name, experts mandatory, experts possible.
 //
@@ -48,22 +49,26 @@ static void set_vocabulary(gguf_context * keys, const std::string & prefix, size
     set_number(keys, prefix + "vocab_size", size);
 }
 
+static uint32_t number_of(const gguf_context * keys, const std::string & key) {
+    return gguf_get_val_u32(keys, gguf_find_key(keys, key.c_str()));
+}
+
+static void add_tensor(gguf_context * header, const std::string & name, int64_t rows, int64_t columns) {
+    ggml_context_ptr context(ggml_init({ ggml_tensor_overhead(), nullptr, true }));
+    ggml_tensor * tensor = ggml_new_tensor_2d(context.get(), GGML_TYPE_F32, rows, columns);
+    ggml_set_name(tensor, name.c_str());
+    gguf_add_tensor(header, tensor);
+}
+
 // Makes the last layer a block of multi-token prediction: llama.cpp makes no such models itself, because it skips their tensors.
 static void set_prediction_layer(gguf_context * header, const std::string & prefix) {
-    const auto number = [&](const char * key) { return gguf_get_val_u32(header, gguf_find_key(header, (prefix + key).c_str())); };
-    const uint32_t n_embd = number("embedding_length");
-    const std::string layer = "blk." + std::to_string(number("block_count") - 1) + ".nextn.";
+    const int64_t n_embd = number_of(header, prefix + "embedding_length");
+    const std::string layer = "blk." + std::to_string(number_of(header, prefix + "block_count") - 1) + ".nextn.";
     set_number(header, prefix + "nextn_predict_layers", 1);
-    ggml_context_ptr context(ggml_init({ 4*ggml_tensor_overhead(), nullptr, true }));
-    const auto add = [&](const char * name, int64_t rows, int64_t columns) {
-        ggml_tensor * tensor = ggml_new_tensor_2d(context.get(), GGML_TYPE_F32, rows, columns);
-        ggml_set_name(tensor, (layer + name + ".weight").c_str());
-        gguf_add_tensor(header, tensor);
-    };
-    add("eh_proj", 2*n_embd, n_embd);
-    add("enorm", n_embd, 1);
-    add("hnorm", n_embd, 1);
-    add("shared_head_norm", n_embd, 1);
+    add_tensor(header, layer + "eh_proj.weight", 2*n_embd, n_embd);
+    for (const char * norm : { "enorm", "hnorm", "shared_head_norm" }) {
+        add_tensor(header, layer + norm + ".weight", n_embd, 1);
+    }
 }
 
 // Repeats every list with an entry per layer.
@@ -93,7 +98,7 @@ static void set_layers(gguf_context * keys, const std::string & prefix, size_t f
 
 // The header as llama.cpp saves it, or (where it cannot) with the keys the model was made from, and the full length: the
 // weights are a hole.
-static void write_header(const llama_model * model, const gguf_context * keys, bool saves, const std::string & without, const std::string & predicts, const std::string & path) {
+static void write_header(const llama_model * model, const gguf_context * keys, bool saves, const std::string & without, const std::string & predicts, const std::string & owns, const std::string & path) {
     gguf_context_ptr own(gguf_init_empty());
     gguf_context * header = own.get();
     std::unique_ptr<llama_model_saver> saver;
@@ -119,6 +124,10 @@ static void write_header(const llama_model * model, const gguf_context * keys, b
     if (!predicts.empty()) {
         set_prediction_layer(header, predicts);
     }
+    if (!owns.empty()) {
+        const int64_t tokens = gguf_get_arr_n(keys, gguf_find_key(keys, "tokenizer.ggml.tokens"));
+        add_tensor(header, "token_embd.weight", number_of(keys, owns + "embedding_length"), tokens);
+    }
     gguf_write_to_file(header, path.c_str(), true);
     size_t length = gguf_get_meta_size(header);
     for (int64_t i = 0; i < gguf_get_n_tensors(header); i++) {
@@ -134,7 +143,7 @@ static int write_one(const std::string & line) {
     std::string name, kind, path, setting;
     size_t layers = 0;
     words >> name >> kind >> path >> layers;
-    std::string without, predicts;
+    std::string without, predicts, owns;
     bool saves = true;
     for (const llm_arch & arch : llm_arch_all()) {
         if (name != llm_arch_name(arch)) {
@@ -156,6 +165,8 @@ static int write_one(const std::string & line) {
                 without = text;
             } else if (key == "mtp") {
                 predicts = prefix;
+            } else if (key == "own") {
+                owns = prefix;
             } else if (key == "vocabulary") {
                 set_vocabulary(keys.get(), prefix, std::stoul(text));
             } else if (text.find(',') != std::string::npos) {
@@ -181,7 +192,7 @@ static int write_one(const std::string & line) {
         if (model == nullptr) {
             return 1;
         }
-        write_header(model, keys.get(), saves, without, predicts, path);
+        write_header(model, keys.get(), saves, without, predicts, owns, path);
         return 0;
     }
     return 2;

@@ -24,6 +24,8 @@ EXTRA = {
     "rwkv6qwen2": "token_shift_count=1 without=time_mix_first",
     "graniteswitch": "raw=1 adapters.count=2 adapters.lora_rank=8"
     " adapters.token_ids_activate=3,4 adapters.token_ids_substitute=5,6",
+    "eagle3": "raw=1 own=1 target_layers=0,1,2 target_hidden_size=256",
+    "dflash": "raw=1 target_layers=0,1,2 attention.sliding_window_pattern=1,1,0,1,1,0",
     "rwkv7": "attention.decay_lora_rank=64 attention.iclr_lora_rank=64"
     " attention.value_residual_mix_lora_rank=32 attention.gate_lora_rank=128",
 }
@@ -38,7 +40,7 @@ CACHE_TYPES = ["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "
 
 def model_line(architecture: str, kind: str, path: Path, rng: random.Random) -> str:
     """A line for ``tiny_models``: the architecture with random sizes."""
-    layers = {"gemma3n": 22, "gemma4": 12, "deepseek4": 4, "hrm_text": 6}.get(
+    layers = {"gemma3n": 22, "gemma4": 12, "deepseek4": 4, "hrm_text": 6, "eagle3": 1, "dflash": 6}.get(
         architecture, rng.choice([3, 4, 5, 6, 8, 9, 12])
     )
     settings = [EXTRA.get(architecture, "")]

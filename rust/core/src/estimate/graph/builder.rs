@@ -570,6 +570,7 @@ impl<'a> Builder<'a> {
             "qwen2vl" | "paddleocr" | "qwen3vl" | "qwen3vlmoe" | "qwen35" | "qwen35moe"
             | "qwen4exp" | "qwen3tts" => true,
             "glm4" | "glm4moe" | "hunyuan_vl" | "bailingmoe3" => in_use,
+            "dflash" => sections.iter().any(|section| *section != 0.0),
             _ => false,
         };
         self.g.input(

@@ -7,6 +7,7 @@ mod decoder;
 mod deepseek4;
 mod delta;
 mod describe;
+mod draft;
 mod encoder;
 mod gemma;
 mod glm;
@@ -45,7 +46,9 @@ pub(super) fn build(graph: &mut Graph, facts: &ModelFacts, batch: &Batch<'_>) ->
     if builder.model.architecture() == "minimax-m3" && !blocks::has_room(&builder) {
         return None;
     }
-    if let Some(build) = own_graph(builder.model.architecture()) {
+    let needs_model = matches!(builder.model.architecture(), "eagle3" | "dflash")
+        && !draft::stands_alone(&builder);
+    if !needs_model && let Some(build) = own_graph(builder.model.architecture()) {
         build(&mut builder);
         return Some(true);
     }
@@ -91,6 +94,8 @@ fn own_graph(architecture: &str) -> Option<fn(&mut Builder<'_>)> {
         "t5" => t5::t5,
         "t5encoder" => t5::encoder,
         "graniteswitch" => switch::granite_switch,
+        "eagle3" => draft::eagle,
+        "dflash" => draft::dflash,
         "wavtokenizer-dec" => codec::wavtokenizer,
         _ => return None,
     })
