@@ -57,7 +57,7 @@ def _tensors_by_layer(header: lg.Header) -> dict[int, list[lg.Tensor]]:
     """Those that belong to no layer are under -1."""
     by_layer: dict[int, list[lg.Tensor]] = {}
     for tensor in header.tensors:
-        match = re.match(r"blk\.(\d+)\.", tensor.name)
+        match = re.match(r"(?:enc\.|dec\.)?blk\.(\d+)\.", tensor.name)
         by_layer.setdefault(int(match[1]) if match else -1, []).append(tensor)
     return by_layer
 
