@@ -3,7 +3,8 @@
 
 use super::buffer::BufferRules;
 use super::ops::Graph;
-use super::scheduler::{Round, RoundNodes, Schedule};
+use super::rounds::{Round, RoundNodes};
+use super::scheduler::Schedule;
 use super::tensor::{Op, Storage, TensorId};
 
 /// What happens to a buffer. A slot stands for one place; an operation that writes over its source keeps the source's slot.

@@ -39,6 +39,7 @@ mod ops;
 mod planned;
 mod repeats;
 mod reserve;
+mod rounds;
 mod scheduler;
 mod states;
 mod tensor;
