@@ -167,6 +167,22 @@ def test_where_the_driver_tells_nothing_buffer_lines_are_the_measure(machine: Ma
     assert record.case.layers == (said.layers,)
 
 
+def test_a_log_that_comes_behind_the_first_answers_counts_in_full(machine: Machine) -> None:
+    Path(f"{machine.model}.fake.json").write_text(json.dumps({"load_log": "late"}))
+    with machine.proxy() as proxy:
+        loaded_once(proxy, machine.file)
+    (device,) = best(machine.model).devices
+    assert (device.weights_bytes, device.compute_bytes) == (10 * MIB, 1.5 * MIB)
+
+
+def test_of_a_load_whose_log_does_not_come_nothing_is_remembered(machine: Machine) -> None:
+    lines = ["load_tensors:        CUDA0 model buffer size =     1.00 MiB"]
+    Path(f"{machine.model}.fake.json").write_text(json.dumps({"load_log": "never", "log_lines": lines}))
+    with machine.proxy() as proxy:
+        assert proxy.chat("small").status_code == 200
+    assert best(machine.model).basis == "exact"
+
+
 def test_the_next_placement_claims_what_the_last_load_took(machine: Machine) -> None:
     machine.script(model=600.0)
     with machine.proxy() as proxy:

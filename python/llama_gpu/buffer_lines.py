@@ -28,6 +28,8 @@ OFFLOADED = re.compile(r"offloaded\s+(\d+)/(\d+)\s+layers to GPU")
 OUTPUTS = re.compile(r"\bn_outputs_max\s*=\s*(\d{1,9})")
 DRY_LOAD = re.compile(r"print_info:\s+no_alloc\s*=\s*(\d)")
 NEW_CONTEXT = "constructing llama_context"
+# server.cpp main and server-context.cpp init, when everything is loaded
+LOADED = re.compile(r"\bmodel loaded\b")
 VARIANT = re.compile(r"_(Mapped|REPACK|Private)$")
 
 # The patterns take quadratic time on a long run of letters, and buffer lines are short.
@@ -57,6 +59,8 @@ class LoadedBuffers:
     total_layers: int | None = None
     max_outputs: int | None = None
     """Tokens whose logits the model's own context keeps (``n_outputs_max``), where the log says so."""
+    complete: bool = False
+    """Whether the log says that loading is over: a thread of its own writes it, which may be late."""
 
     @property
     def device_bytes(self) -> dict[str, int]:
@@ -92,6 +96,7 @@ class BufferLines:
         self._dry = False
         self._layers: tuple[int, int] | None = None
         self._outputs: int | None = None
+        self.complete = False
 
     def feed(self, line: str) -> None:
         """Take one line; anything but a buffer line is passed over."""
@@ -106,6 +111,8 @@ class BufferLines:
         elif (outputs := OUTPUTS.search(line)) and not self._dry:
             # A draft model's context comes later.
             self._outputs = int(outputs[1]) if self._outputs is None else self._outputs
+        elif LOADED.search(line):
+            self.complete = True
         elif (found := BUFFER.search(line)) and not self._dry:
             device = VARIANT.sub("", found["device"])
             size = round(float(found["mib"]) * MIB)
@@ -123,4 +130,4 @@ class BufferLines:
             by_device[device][kind] += size
         offloaded, total = self._layers or (None, None)
         devices = {name: dict(kinds) for name, kinds in by_device.items()}
-        return LoadedBuffers(devices, offloaded, total, self._outputs)
+        return LoadedBuffers(devices, offloaded, total, self._outputs, self.complete)

@@ -50,9 +50,12 @@ def taken_by_load(
     """The same to be remembered, by kind of buffer; None where a part of it is not known.
 
     ``logged_in_full`` is False where llama.cpp loads something that it logs no buffer of (a
-    projector): then only the driver can tell. ``says_outputs``: of how many tokens the server keeps
-    logits says something of its build.
+    projector): then only the driver can tell. Of a log that is not complete nothing is remembered: what
+    is missing would make later loads look smaller than they are. ``says_outputs``: of how many tokens
+    the server keeps logits says something of its build.
     """
+    if not buffers.complete:
+        return None
     by_uuid = {gpu.uuid: gpu for gpu in gpus}
     devices = []
     for position, uuid in enumerate(gpu_uuids):

@@ -39,6 +39,7 @@ ServerState = Literal["stopped", "starting", "ready", "stopping", "error"]
 LOG_TAIL_LINES = 200
 PORT_ATTEMPTS = 4
 POLL_SECONDS = (0.02, 0.25)  # first and longest pause between two questions to a loading server
+LOG_SECONDS = 0.5  # the log of a server that answers is there at once, or nobody writes it
 ANSWER_SECONDS = 5.0  # a loading server answers /health at once or not at all
 REAP_SECONDS = 5.0  # a killed process that is not gone by then hangs in the kernel: waiting longer is no use
 
@@ -115,6 +116,7 @@ class Server:
         self._state: ServerState = "stopped"
         self._owner: asyncio.Task[None] | None = None
         self._failure: Callable[[], ServerError] | None = None
+        self._load_logged = asyncio.Event()
         self._settled = asyncio.Event()  # ready, or never will be
         self._stop_wanted = asyncio.Event()
         self._gone = asyncio.Event()
@@ -167,6 +169,13 @@ class Server:
         await self._settled.wait()
         if self._failure is not None:
             raise self._failure()
+
+    async def load_logged(self) -> LoadedBuffers:
+        """What loading took, once the log says that it is over, or is late: then it is not ``complete``."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LOG_SECONDS):
+                await self._load_logged.wait()
+        return self.buffers
 
     async def ensure_ready(self) -> None:
         """The same as :meth:`start`: returns at once when the server is ready."""
@@ -234,6 +243,7 @@ class Server:
         self.log_tail.clear()
         self._first_error = None
         self._buffers = BufferLines()
+        self._load_logged.clear()
         began = time.monotonic()
         process, log = await self._spawn()
         ended = asyncio.create_task(process.wait())
@@ -322,6 +332,8 @@ class Server:
             self._first_error = line
         self.log_tail.append(line)
         self._buffers.feed(line)
+        if self._buffers.complete:
+            self._load_logged.set()
         if self._on_log is not None:
             self._on_log(line)
 

@@ -313,8 +313,11 @@ class Supervisor:
         pid = server.pid if has_host_pids() else None
         if pid is not None:
             self.scheduler.server_started(start.server, pid)
+        buffers = await server.load_logged()
+        if not buffers.complete:
+            _log.debug(f"{start.server} does not log that it is loaded: what it took is not remembered")
         await self._freshen()
-        gpus, buffers = self.snapshot.gpus, server.buffers
+        gpus = self.snapshot.gpus
         entry = self.entry(start.model)
         self._memory.loaded(entry, assigned, gpus, buffers, pid=pid, seconds=seconds, build=server.build)
         return measured_by_gpu(gpus, pid, assigned.bytes_by_gpu, buffers)

@@ -17,6 +17,7 @@ besides is told by JSON, the later winning: the variable ``FAKE_LLAMA_SERVER``, 
     seconds_per_token 0.0     pause before each token
     stream_gate null          path of a FIFO: each byte written to it lets one token out
     log_lines []              written to stderr while loading
+    load_log "at once"        when it writes what it loaded: "late" is behind its first answers, "never"
     stderr_bytes 0            so many bytes without a newline on stderr while loading
     count_starts false        counts its starts in MODEL_PATH.starts
     port_taken_times 0        says so often that its port is taken; needs count_starts
@@ -52,6 +53,7 @@ DEFAULTS: dict[str, Any] = {
     "seconds_per_token": 0.0,
     "stream_gate": None,
     "log_lines": [],
+    "load_log": "at once",
     "stderr_bytes": 0,
     "count_starts": False,
     "port_taken_times": 0,
@@ -143,6 +145,7 @@ class Server(ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.answers = 0
         self.grandchild: int | None = None
+        self.asked = threading.Event()
         super().__init__((options.host, int(options.port)), Handler)
 
     def end_if_due(self) -> None:
@@ -166,13 +169,21 @@ class Server(ThreadingHTTPServer):
         if script["exit_at_load"] is not None:
             log("error: failed to load model")
             os._exit(script["exit_at_load"])
+        if script["load_log"] == "late":
+            self.ready = True
+            self.asked.wait()
+        if script["load_log"] != "never":
+            self.log_load()
+        self.ready = True
+
+    def log_load(self) -> None:
         layers = int(self.options.layers or 0)
         device = "CUDA0" if layers else "CPU"
         log(f"load_tensors: offloaded {layers}/{max(layers, 1)} layers to GPU")
         log(f"load_tensors: {device:>12s} model buffer size = {10.0:8.2f} MiB")
         log(f"llama_kv_cache: {device:>10s} KV buffer size = {2.0:8.2f} MiB")
         log(f"sched_reserve: {device:>10s} compute buffer size = {1.5:8.2f} MiB")
-        self.ready = True
+        log("main: model loaded")
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -217,6 +228,8 @@ class Handler(BaseHTTPRequestHandler):
             self.embed(request)
         elif path in (facts := self.facts()):
             self.send_json(200, facts[path])
+            if path == "/props":
+                server.asked.set()
         else:
             self.fail(404, "File Not Found", "not_found_error")
         return None
