@@ -3,22 +3,10 @@
 use crate::gguf::GgmlType;
 use crate::model::Hyperparameters;
 
-use super::model::{GraphModel, Layer, Weight, find, joined_hash, name_hash};
+use super::model::{GraphModel, Layer};
 use super::ops::Graph;
-use super::repeats::LEADING_LAYERS;
-use super::reserve::{Batch, owns_cache};
-use super::tensor::{Storage, TensorId};
-
-/// Where a weight belongs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Belongs {
-    /// The host, as everything before the first layer.
-    Input,
-    /// The device of the output layer.
-    Output,
-    /// The device of a layer.
-    Layer(usize),
-}
+use super::reserve::Batch;
+use super::tensor::TensorId;
 
 /// Layer norm, with or without the mean.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,15 +36,15 @@ pub(super) struct Builder<'a> {
     pub(super) n_tokens: i64,
     pub(super) n_seqs: i64,
     /// The layer that is built.
-    il: usize,
+    pub(super) il: usize,
     /// The layer that [`weight`](Self::weight) looks into: another one where weights run more than once.
-    home: usize,
+    pub(super) home: usize,
     /// Weights of the current layer and of no layer that are in the graph already.
-    known: Vec<TensorId>,
-    layer: Option<&'a Layer>,
-    known_shared: Vec<(u64, TensorId)>,
+    pub(super) known: Vec<TensorId>,
+    pub(super) layer: Option<&'a Layer>,
+    pub(super) known_shared: Vec<(u64, TensorId)>,
     /// The same of layers whose weights run more than once, by layer.
-    known_again: Vec<Vec<TensorId>>,
+    pub(super) known_again: Vec<Vec<TensorId>>,
     /// The batch's token numbers.
     pub(super) tokens: TensorId,
     /// Whether flash attention that runs elsewhere than its layer is given up everywhere.
@@ -65,68 +53,13 @@ pub(super) struct Builder<'a> {
     pub(super) score_unaries: u8,
 }
 
-/// Architectures that pass `ffn_*_exps_s` to `build_moe_ffn`.
-const EXPERT_SCALES: &[&str] = &[
-    "cohere2moe",
-    "deepseek32",
-    "dots3note",
-    "gemma4",
-    "glm-dsa",
-    "hy_v3",
-    "llama",
-    "llama-embed",
-    "mellum",
-    "mistral3",
-    "nemotron_h",
-    "nemotron_h_moe",
-    "qwen35moe",
-    "qwen3moe",
-    "qwen3next",
-    "qwen4exp",
-];
-
-/// Architectures that pass `ffn_*_s` to `build_ffn`.
-const FEED_FORWARD_SCALES: &[&str] = &[
-    "bitnet",
-    "cohere2",
-    "cohere2moe",
-    "gemma4",
-    "llama",
-    "llama-embed",
-    "mistral3",
-    "qwen3",
-    "qwen35",
-    "talkie",
-];
-
 pub(super) const NONE: TensorId = TensorId::NONE;
 
 /// Bounds of what experts multiply, by layer.
 pub(super) const EXPERT_CLAMP: &str = "swiglu_clamp_exp";
 
 /// The same of shared experts and dense layers.
-const CLAMP: &str = "swiglu_clamp_shexp";
-
-/// Spreads numbers that are hashed.
-const MIXER: u64 = 0x9e37_79b9_7f4a_7c15;
-
-/// The layers to build, in order; none are left once the graph was given up.
-pub(super) struct Layers<'a> {
-    numbers: std::vec::IntoIter<usize>,
-    batch: &'a Batch<'a>,
-}
-
-impl Iterator for Layers<'_> {
-    type Item = usize;
-
-    fn next(&mut self) -> Option<usize> {
-        if self.batch.is_given_up() {
-            None
-        } else {
-            self.numbers.next()
-        }
-    }
-}
+pub(super) const CLAMP: &str = "swiglu_clamp_shexp";
 
 impl<'a> Builder<'a> {
     pub(super) fn new(
@@ -188,130 +121,12 @@ impl<'a> Builder<'a> {
             .resize(self.layer.map_or(0, |layer| layer.weights.len()), NONE);
     }
 
-    /// Makes the weights of the first layers known, for layers that run with them again and again.
-    pub(super) fn know_weights(&mut self, layers: usize) {
-        for home in 0..layers.min(self.trunk()) {
-            let weights = self
-                .model
-                .layer(home)
-                .map_or(&[][..], |layer| &layer.weights);
-            let known = weights
-                .iter()
-                .map(|(_, weight)| self.store(*weight, Belongs::Layer(home), false))
-                .collect();
-            self.known_again.push(known);
-        }
-    }
-
     pub(super) fn layer(&self) -> usize {
         self.il
     }
 
     pub(super) fn trunk(&self) -> usize {
         self.hyper.trunk_layers() as usize
-    }
-
-    /// The layers to build: of those that repeat only some (see [`repeats`](super::repeats)).
-    pub(super) fn layers(&mut self) -> Layers<'a> {
-        self.layers_by(|_| 0)
-    }
-
-    /// The same where layers differ in more than their tensors; `mark` tells those apart.
-    pub(super) fn layers_by(&mut self, mark: impl Fn(usize) -> u64) -> Layers<'a> {
-        self.layers_after(0, mark)
-    }
-
-    /// The same where a layer finishes what more than one before it began: `more` layers are built before those that repeat.
-    pub(super) fn layers_after(&mut self, more: usize, mark: impl Fn(usize) -> u64) -> Layers<'a> {
-        let kinds = self.kinds(mark);
-        self.representatives(&kinds, more)
-    }
-
-    /// Equal numbers for layers that are alike.
-    fn kinds(&self, mark: impl Fn(usize) -> u64) -> Vec<u64> {
-        let hyper = self.hyper;
-        let per_layer = |list: &[u32], il: usize| list.get(il).map_or(0, |n| u64::from(*n));
-        (0..self.trunk())
-            .map(|il| {
-                let number = il as u32;
-                let flags = [
-                    hyper.is_sliding(number),
-                    hyper.is_recurrent(number),
-                    owns_cache(hyper, number),
-                    il < self.batch.host_expert_layers,
-                ];
-                let flags = flags
-                    .iter()
-                    .fold(0, |bits, flag| bits * 2 + u64::from(*flag));
-                [
-                    self.model.kind(il) as u64,
-                    u64::from(self.batch.layer_backend(il)),
-                    flags,
-                    per_layer(&hyper.heads, il),
-                    per_layer(&hyper.kv_heads, il),
-                    per_layer(&hyper.experts_used, il),
-                    u64::from(self.clamps(EXPERT_CLAMP, il)),
-                    u64::from(self.clamps(CLAMP, il)),
-                    mark(il),
-                ]
-                .iter()
-                .fold(0, |hash: u64, n| {
-                    (hash.rotate_left(5) ^ n).wrapping_mul(MIXER)
-                })
-            })
-            .collect()
-    }
-
-    /// The same where a layer reads what layer `owner` of it made: layers are alike if their owners are, too.
-    pub(super) fn layers_by_owner(&mut self, owner: impl Fn(usize) -> usize) -> Layers<'a> {
-        let kinds = self.kinds(|il| u64::from(owner(il) == il));
-        let with_owner = |il: usize| {
-            let of = kinds.get(owner(il)).copied().unwrap_or_default();
-            (of.rotate_left(32) ^ kinds.get(il).copied().unwrap_or_default()).wrapping_mul(MIXER)
-        };
-        let kinds: Vec<u64> = (0..kinds.len()).map(with_owner).collect();
-        self.representatives(&kinds, 0)
-    }
-
-    /// The same where layers read what others made many layers before: `lead` layers are built before those that repeat.
-    pub(super) fn layers_far_reading(
-        &mut self,
-        lead: usize,
-        mark: impl Fn(usize) -> u64,
-    ) -> Layers<'a> {
-        let kinds = self.kinds(mark);
-        self.layers_of(&kinds, lead, false)
-    }
-
-    fn representatives(&mut self, kinds: &[u64], more: usize) -> Layers<'a> {
-        let short = self.batch.short_lead;
-        self.layers_of(kinds, LEADING_LAYERS + more - usize::from(short), short)
-    }
-
-    fn layers_of(&mut self, kinds: &[u64], lead: usize, short: bool) -> Layers<'a> {
-        let built = if self.batch.every_layer {
-            (0..kinds.len()).collect()
-        } else {
-            let (built, repeats) = super::repeats::representatives(kinds, lead, short);
-            self.g.repeats = repeats;
-            built
-        };
-        Layers {
-            numbers: built.into_iter(),
-            batch: self.batch,
-        }
-    }
-
-    /// Gives up flash attention where no kernel of the layer's device runs this one.
-    pub(super) fn give_up_if_stray(&self, attention: TensorId) {
-        let on_device = self.batch.layer_backend(self.il) != self.batch.cpu();
-        if self.may_give_up
-            && self.batch.cuda
-            && on_device
-            && !super::cuda::supports_flash_attention(self.g, self.g.get(attention))
-        {
-            self.batch.give_up();
-        }
     }
 
     pub(super) fn is_last(&self) -> bool {
@@ -350,171 +165,6 @@ impl<'a> Builder<'a> {
 
     pub(super) fn number(&self, key: &str, default: i64) -> i64 {
         self.model.number(key, default)
-    }
-
-    // weights
-
-    fn store(&mut self, weight: Weight, belongs: Belongs, on_host: bool) -> TensorId {
-        let backend = match belongs {
-            _ if on_host => self.batch.cpu(),
-            Belongs::Input => self.batch.cpu(),
-            Belongs::Output => self.batch.output_backend(),
-            Belongs::Layer(il) => self.batch.layer_backend(il),
-        };
-        let repacked = weight.repacked && backend == self.batch.cpu();
-        let storage = if repacked {
-            Storage::Repacked(backend)
-        } else {
-            Storage::Weights(backend)
-        };
-        self.g.stored(weight.element, weight.ne, storage)
-    }
-
-    fn layer_tensor(&mut self, name: &str, suffix: &str) -> TensorId {
-        let hash = match suffix {
-            "" => name_hash(name),
-            _ => joined_hash(name, suffix),
-        };
-        let found = self.layer.and_then(|layer| layer.place(hash));
-        let Some((place, weight)) = found.and_then(|place| {
-            let weight = self.layer?.weights.get(place)?.1;
-            Some((place, weight))
-        }) else {
-            return NONE;
-        };
-        if let Some(id) = self.known.get(place).filter(|id| id.is_some()) {
-            return *id;
-        }
-        let on_host = self.il < self.batch.host_expert_layers && is_expert(name);
-        let id = self.store(weight, Belongs::Layer(self.home), on_host);
-        if let Some(slot) = self.known.get_mut(place) {
-            *slot = id;
-        }
-        id
-    }
-
-    /// The current layer's `NAME.weight`, or none.
-    pub(super) fn weight(&mut self, name: &str) -> TensorId {
-        self.layer_tensor(name, ".weight")
-    }
-
-    /// The current layer's `NAME.bias`, or none.
-    pub(super) fn bias(&mut self, name: &str) -> TensorId {
-        self.layer_tensor(name, ".bias")
-    }
-
-    /// The current layer's tensor of exactly this name, or none.
-    pub(super) fn exact(&mut self, name: &str) -> TensorId {
-        self.layer_tensor(name, "")
-    }
-
-    /// The current layer's `NAME.scale`, or none.
-    pub(super) fn scale(&mut self, name: &str) -> TensorId {
-        if self.home == self.il {
-            return self.layer_tensor(name, ".scale");
-        }
-        let hash = joined_hash(name, ".scale");
-        let own = self.model.layer(self.il);
-        own.and_then(|layer| find(&layer.weights, hash))
-            .map_or(NONE, |weight| {
-                self.store(*weight, Belongs::Layer(self.il), false)
-            })
-    }
-
-    /// Whether this architecture's graph multiplies by the scale of this weight, should the file hold one.
-    pub(super) fn applies_scale(&self, name: &str) -> bool {
-        let listed = |list: &[&str]| list.contains(&self.model.architecture());
-        self.model.has_scales()
-            && if name.contains("exps") {
-                listed(EXPERT_SCALES)
-            } else if name.contains("shexp") {
-                listed(EXPERT_SCALES)
-                    && !listed(&[
-                        "llama",
-                        "llama-embed",
-                        "mellum",
-                        "mistral3",
-                        "gemma4",
-                        "qwen3moe",
-                    ])
-            } else {
-                !name.starts_with("ffn_") || listed(FEED_FORWARD_SCALES)
-            }
-    }
-
-    pub(super) fn has(&self, name: &str) -> bool {
-        let hash = joined_hash(name, ".weight");
-        self.layer.is_some_and(|layer| layer.place(hash).is_some())
-    }
-
-    fn shared(&mut self, name: &str, belongs: Belongs) -> TensorId {
-        let place = match belongs {
-            Belongs::Input => u64::MAX,
-            Belongs::Output => u64::MAX - 1,
-            Belongs::Layer(il) => il as u64,
-        };
-        let hash = name_hash(name) ^ place;
-        if let Some((_, id)) = self.known_shared.iter().find(|(known, _)| *known == hash) {
-            return *id;
-        }
-        let id = self
-            .model
-            .shared(name)
-            .map_or(NONE, |weight| self.store(weight, belongs, false));
-        self.known_shared.push((hash, id));
-        id
-    }
-
-    /// A tensor of the input, on the host.
-    pub(super) fn input_weight(&mut self, name: &str) -> TensorId {
-        self.shared(name, Belongs::Input)
-    }
-
-    /// A tensor of the output layer.
-    pub(super) fn output_weight(&mut self, name: &str) -> TensorId {
-        self.shared(name, Belongs::Output)
-    }
-
-    /// A tensor outside the layers that is used with the first one (`LLM_TENSOR_LAYER_REPEATING` without a number).
-    pub(super) fn first_weight(&mut self, name: &str) -> TensorId {
-        self.shared(name, Belongs::Layer(0))
-    }
-
-    /// A tensor that is named once and kept beside every layer.
-    pub(super) fn layer_shared(&mut self, name: &str) -> TensorId {
-        self.shared(name, Belongs::Layer(self.il))
-    }
-
-    /// The output matrix, or a copy of the embeddings where they are tied.
-    pub(super) fn head_weight(&mut self) -> TensorId {
-        let output = self.output_weight("output.weight");
-        if output.is_some() {
-            output
-        } else {
-            self.output_weight("token_embd.weight")
-        }
-    }
-
-    /// `llama_model::get_rope_factors`.
-    pub(super) fn rope_factors(&mut self) -> TensorId {
-        let own = self.layer_shared("rope_freqs.weight");
-        if own.is_some() {
-            return own;
-        }
-        let own = self.weight("rope_freqs");
-        if own.is_some() {
-            return own;
-        }
-        let trained = self.number(
-            "rope.scaling.original_context_length",
-            i64::from(self.hyper.trained_context_length),
-        );
-        let name = if self.batch.context_per_sequence > trained {
-            "rope_factors_long.weight"
-        } else {
-            "rope_factors_short.weight"
-        };
-        self.layer_shared(name)
     }
 
     // inputs
@@ -780,7 +430,7 @@ impl<'a> Builder<'a> {
         self.g.mul(gate, up)
     }
 
-    fn clamps(&self, key: &str, il: usize) -> bool {
+    pub(super) fn clamps(&self, key: &str, il: usize) -> bool {
         matches!(self.model.architecture(), "bailingmoe3" | "step35")
             && self.model.at_layer(key, il).unwrap_or(0.0) > 1e-6
     }
@@ -824,14 +474,4 @@ impl<'a> Builder<'a> {
             cur
         }
     }
-}
-
-/// The weights that `--cpu-moe` keeps on the host: `ffn_(up|down|gate|gate_up)_(ch|)exps` (`LLM_FFN_EXPS_REGEX`).
-fn is_expert(name: &str) -> bool {
-    name.strip_prefix("ffn_").is_some_and(|rest| {
-        ["up_", "down_", "gate_", "gate_up_"].iter().any(|part| {
-            rest.strip_prefix(part)
-                .is_some_and(|rest| rest == "exps" || rest == "chexps")
-        })
-    })
 }

@@ -33,6 +33,7 @@ mod builder;
 mod cuda;
 mod experts;
 mod families;
+mod layers;
 mod lifetimes;
 mod model;
 mod ops;
@@ -45,6 +46,7 @@ mod states;
 mod tensor;
 #[cfg(test)]
 mod tests;
+mod weights;
 
 use std::cell::RefCell;
 
