@@ -5,6 +5,9 @@
 //! placed before the first layer becomes free run by run, so that a block grows; as long as it is too small for anything, or large
 //! enough, or not the best fit, for what a run takes, runs still repeat, and are leapt over.
 
+#[cfg(test)]
+mod tests;
+
 use std::borrow::Cow;
 
 use super::buffer::{Block, Buffer, BufferRules};
