@@ -319,7 +319,8 @@ impl Decoder {
             Rotary::SlidingOrLead => slides || (il as u32) < b.hyper.leading_dense_layers,
             Rotary::NotEvery(step) => !(il + 1).is_multiple_of(step),
             Rotary::NotFirstOf(step) => {
-                b.hyper.sliding_window.is_none() || !il.is_multiple_of(step)
+                // a model of just so many layers counts as one without the pattern
+                b.hyper.sliding_window.is_none() || b.trunk() == step || !il.is_multiple_of(step)
             }
         }
     }
