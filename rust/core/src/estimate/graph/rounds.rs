@@ -59,6 +59,10 @@ impl Schedule {
             ) else {
                 return false;
             };
+            // layers that bring nothing into the graph before the last one is done have no bounds
+            if start == end {
+                return false;
+            }
             // layers before those that are alike may differ in what they leave to be finished
             let first = graph.marks.first().map_or(0, |mark| mark.tensors);
             let finished = if repeat.short {
