@@ -262,7 +262,7 @@ impl Builder<'_> {
         self.g.view(
             cache,
             [length, heads, cells, streams],
-            [row_bytes(element, length), row, row * cells],
+            [row_bytes(element, length), row, row.saturating_mul(cells)],
         )
     }
 
@@ -272,7 +272,11 @@ impl Builder<'_> {
         self.g.view(
             cache,
             [cells, heads, length, streams],
-            [bytes(cells * length), bytes(cells), bytes(cells * width)],
+            [
+                bytes(cells.saturating_mul(length)),
+                bytes(cells),
+                bytes(cells.saturating_mul(width)),
+            ],
         )
     }
 
@@ -403,7 +407,7 @@ impl Builder<'_> {
         let q = self.g.view(
             q,
             [q0, q1, q2 / streams, streams],
-            [b1, b2, b2 * (q2 / streams)],
+            [b1, b2, b2.saturating_mul(q2 / streams)],
         );
         let [q, k, mut v] = [q, k, v].map(|part| self.g.permute(part, [0, 2, 1, 3]));
         let mut cur;

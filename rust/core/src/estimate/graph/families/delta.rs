@@ -76,11 +76,18 @@ fn gated_attention(b: &mut Builder<'_>, inputs: Inputs, normed: TensorId) -> Ten
         )
     } else {
         let row = length * 2 * 4;
-        let q =
-            b.g.view_3d(both, [length, heads, n_tokens], [row, row * heads]);
+        let q = b.g.view_3d(
+            both,
+            [length, heads, n_tokens],
+            [row, row.saturating_mul(heads)],
+        );
         (
             q,
-            b.g.view_3d(both, [length, heads, n_tokens], [row, row * heads]),
+            b.g.view_3d(
+                both,
+                [length, heads, n_tokens],
+                [row, row.saturating_mul(heads)],
+            ),
         )
     };
     let q = b.rms(q, "attn_q_norm");
@@ -188,7 +195,7 @@ pub(super) fn linear(b: &mut Builder<'_>, input: StateInput, cur: TensorId) -> T
         b.g.view(
             convolved,
             [length, heads, s.tokens, s.seqs],
-            [length * 4, row, row * s.tokens],
+            [length * 4, row, row.saturating_mul(s.tokens)],
         )
     });
     let [q, k] = [q, k].map(|part| {

@@ -184,10 +184,16 @@ fn expanded(
     let (heads, n_tokens) = (b.heads(), b.n_tokens);
     let both = b.project("attn_kv_b", latent);
     let row = (sizes.plain + sizes.values) * 4;
-    let plain =
-        b.g.view_3d(both, [sizes.plain, heads, n_tokens], [row, row * heads]);
-    let v =
-        b.g.view_3d(both, [sizes.values, heads, n_tokens], [row, row * heads]);
+    let plain = b.g.view_3d(
+        both,
+        [sizes.plain, heads, n_tokens],
+        [row, row.saturating_mul(heads)],
+    );
+    let v = b.g.view_3d(
+        both,
+        [sizes.values, heads, n_tokens],
+        [row, row.saturating_mul(heads)],
+    );
     let v = b.g.cont(v);
     let q = b.rope(q, positions);
     let wide = b.g.repeat(rotated, [sizes.rotated, heads, n_tokens, 1]);

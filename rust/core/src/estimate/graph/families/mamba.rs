@@ -115,7 +115,11 @@ fn time_steps(b: &mut Builder<'_>, x: TensorId, s: Sizes) -> [TensorId; 3] {
     let [b0, b1, b2, _] = b.g.nb(all);
     let dt = b.g.view_3d(all, [s.rank, s.tokens, s.seqs], [b1, b2]);
     let [bb, c] = [(); 2].map(|()| {
-        b.g.view(all, [s.state, 1, s.tokens, s.seqs], [s.state * b0, b1, b2])
+        b.g.view(
+            all,
+            [s.state, 1, s.tokens, s.seqs],
+            [s.state.saturating_mul(b0), b1, b2],
+        )
     });
     if b.has("ssm_dt_norm") || b.model.flag("ssm.dt_b_c_rms") {
         return [
@@ -138,7 +142,7 @@ pub(super) fn mamba2(b: &mut Builder<'_>, input: StateInput, cur: TensorId) -> T
     let z = b.g.view(
         all,
         [length, s.rank, s.tokens, s.seqs],
-        [length * b0, b1, b2],
+        [length.saturating_mul(b0), b1, b2],
     );
     let xbc = b.g.view_3d(all, [s.channels(), s.tokens, s.seqs], [b1, b2]);
     let dt = b.g.view_3d(all, [s.rank, s.tokens, s.seqs], [b1, b2]);
@@ -165,7 +169,11 @@ pub(super) fn mamba2(b: &mut Builder<'_>, input: StateInput, cur: TensorId) -> T
     let y = b.g.view(
         out,
         [length, s.rank, s.tokens, s.seqs],
-        [row, s.rank * row, s.tokens * s.rank * row],
+        [
+            row,
+            s.rank.saturating_mul(row),
+            row.saturating_mul(s.rank).saturating_mul(s.tokens),
+        ],
     );
     let d = b.exact("ssm_d");
     let skipped = b.g.mul(x, d);
@@ -217,7 +225,11 @@ pub(super) fn plamo2(b: &mut Builder<'_>, input: StateInput, cur: TensorId) -> T
     );
     let [bb, c] = [bb, c].map(|part| {
         let [b0, b1, b2, _] = b.g.nb(part);
-        b.g.view(part, [s.state, 1, s.tokens, s.seqs], [s.state * b0, b1, b2])
+        b.g.view(
+            part,
+            [s.state, 1, s.tokens, s.seqs],
+            [s.state.saturating_mul(b0), b1, b2],
+        )
     });
     let out = scan(b, input, [x, dt, a, bb, c], s, [length, s.rank]);
     let y = b.g.view(

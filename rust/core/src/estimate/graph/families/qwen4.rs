@@ -181,7 +181,11 @@ fn attend(
     let [both, k, v] = ["attn_q", "attn_k", "attn_v"].map(|name| b.project(name, cur));
     let row = length * 2 * 4;
     let [q, gate] = [(); 2].map(|()| {
-        b.g.view_3d(both, [length, heads, n_tokens], [row, row * heads])
+        b.g.view_3d(
+            both,
+            [length, heads, n_tokens],
+            [row, row.saturating_mul(heads)],
+        )
     });
     let q = b.rms(q, "attn_q_norm");
     let k = b.g.reshape_3d(k, length, kv_heads, n_tokens);

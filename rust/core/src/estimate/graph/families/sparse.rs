@@ -247,7 +247,8 @@ pub(super) fn opened(
     let ([n0, n1, _, n3], [b0, b1, b2, _]) = (b.g.ne(closed), b.g.nb(closed));
     let closed = b.g.view(closed, [1, n0, n1, n3], [b0, b1, b2]);
     let ([t0, t1, _, t3], [_, p1, p2, p3]) = (b.g.ne(picked), b.g.nb(picked));
-    let ids = b.g.view(picked, [t0, t1, t3, 1], [p1, p2, t3 * p3]);
+    let ids =
+        b.g.view(picked, [t0, t1, t3, 1], [p1, p2, t3.saturating_mul(p3)]);
     let zeros = b.g.blank(element, [1, t0, t1, t3]);
     let zeros = b.g.unary(zeros);
     let opened = b.g.set_rows(closed, zeros, ids);
