@@ -112,14 +112,6 @@ fn contexts(estimate: &MemoryEstimate) -> Vec<u64> {
     devices.chain([estimate.host.context_bytes]).collect()
 }
 
-fn totals(estimate: &MemoryEstimate) -> Vec<u64> {
-    estimate
-        .devices
-        .iter()
-        .map(DeviceMemory::total_bytes)
-        .collect()
-}
-
 fn never_lower(before: &[u64], after: &[u64]) -> bool {
     before
         .iter()
