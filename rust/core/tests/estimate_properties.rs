@@ -10,8 +10,8 @@
 mod support;
 
 use llama_gpu_core::estimate::{
-    Backend, Basis, CpuMoe, DeviceMemory, EstimateError, EstimateOptions, FlashAttention,
-    MemoryEstimate, estimate, layer_costs, layer_devices,
+    Backend, Basis, CpuMoe, EstimateError, EstimateOptions, FlashAttention, MemoryEstimate,
+    estimate, layer_costs, layer_devices,
 };
 use llama_gpu_core::gguf::GgmlType;
 use llama_gpu_core::model::ModelFacts;
