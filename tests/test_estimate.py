@@ -320,6 +320,8 @@ def test_any_option_set_gives_an_estimate_or_names_the_option(tmp_path: Path) ->
         ("llama.block_count", 0, "between 1 and 512"),
         ("llama.block_count", 513, "between 1 and 512"),
         ("llama.nextn_predict_layers", 1000, "more than block_count"),
+        ("llama.embedding_length", 2**25, "at most 16777216"),
+        ("llama.attention.head_count_kv", 2**25, "head_count_kv times the length of a head"),
     ],
 )
 def test_refuses_a_header_that_llama_cpp_refuses(tmp_path: Path, key: str, value: int, reason: str) -> None:

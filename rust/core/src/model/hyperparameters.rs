@@ -12,6 +12,8 @@ use crate::gguf::Header;
 
 /// llama.cpp's `LLAMA_MAX_LAYERS`.
 const MAX_LAYERS: u32 = 512;
+/// The most elements of a token that any part of a layer has: a hundred times what the widest models have.
+const WIDEST: u64 = 1 << 24;
 /// llama.cpp's `LLAMA_MAX_EXPERTS`.
 const MAX_EXPERTS: u32 = 1024;
 
@@ -95,7 +97,36 @@ impl Hyperparameters {
         h.read_sliding(&keys)?;
         h.read_architecture(&keys)?;
         h.read_recurrent(&keys)?;
+        h.check_widths(&keys)?;
         Ok(h)
+    }
+
+    /// Refuses what no model has, and no product of a few sizes has room for.
+    fn check_widths(&self, keys: &Keys<'_>) -> Result<(), EstimateError> {
+        if u64::from(self.embedding_length) > WIDEST {
+            return Err(keys.invalid("embedding_length", "must be at most 16777216"));
+        }
+        for (heads, key) in [
+            (&self.heads, "attention.head_count"),
+            (&self.kv_heads, "attention.head_count_kv"),
+        ] {
+            let most = u64::from(heads.iter().copied().max().unwrap_or(0)).max(1);
+            let lengths = [
+                self.key_length,
+                self.value_length,
+                self.key_length_sliding,
+                self.value_length_sliding,
+            ];
+            if lengths
+                .iter()
+                .any(|length| most.saturating_mul(u64::from(*length)) > WIDEST)
+            {
+                return Err(
+                    keys.invalid(key, "times the length of a head must be at most 16777216")
+                );
+            }
+        }
+        Ok(())
     }
 
     /// Layers that can be placed (`n_layer_all`).

@@ -3,6 +3,9 @@
 use super::ops::Graph;
 use super::tensor::{Op, TensorId};
 
+/// No tensor takes more, so that sums over graphs stay far from overflow.
+const LARGEST: i64 = 1 << 48;
+
 /// How a backend's buffers count bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct BufferRules {
@@ -15,7 +18,8 @@ pub(super) struct BufferRules {
 impl BufferRules {
     /// Bytes that a buffer of this kind sets aside for `id` (`get_alloc_size`, padded).
     pub(super) fn size(self, graph: &Graph, id: TensorId) -> i64 {
-        self.bytes(graph, id).saturating_add(self.alignment - 1) & -self.alignment
+        let bytes = self.bytes(graph, id).min(LARGEST);
+        bytes.saturating_add(self.alignment - 1) & -self.alignment
     }
 
     fn bytes(self, graph: &Graph, id: TensorId) -> i64 {

@@ -3,8 +3,8 @@
 use crate::gguf::{self, GgmlType, Header, Metadata};
 use crate::model::weights::repacks;
 
-/// Larger hyper-parameters are read as this, so that products of two stay far from overflow.
-const LARGEST: f64 = 2_147_483_648.0;
+/// Larger hyper-parameters are read as this, so that products of a few stay far from overflow.
+const LARGEST: f64 = 16_777_216.0;
 
 /// The same for a tensor's dimensions.
 const LARGEST_DIMENSION: i64 = 1 << 31;

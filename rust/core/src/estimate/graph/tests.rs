@@ -270,3 +270,36 @@ fn repeated_layers_cost_what_they_cost_one_by_one() {
     }
     assert!(wrong.is_empty(), "{}: {}", wrong.len(), wrong.join("\n"));
 }
+
+#[test]
+fn the_largest_sizes_that_are_read_end_in_some_answer() {
+    let mut answers = 0;
+    for (_, facts) in carried_models() {
+        for (length, count) in [(0, 0), (1 << 12, 1 << 12), (1 << 24, 1), (1, 1 << 24)] {
+            let mut facts = facts.clone();
+            let hyper = &mut facts.hyperparameters;
+            for size in [
+                &mut hyper.key_length,
+                &mut hyper.value_length,
+                &mut hyper.key_length_sliding,
+                &mut hyper.value_length_sliding,
+            ] {
+                *size = length;
+            }
+            for heads in [&mut hyper.heads, &mut hyper.kv_heads] {
+                heads.iter_mut().for_each(|heads| *heads = count);
+            }
+            for mut options in options(&facts).into_iter().step_by(37) {
+                options.context_length = 1 << 31;
+                options.micro_batch = u32::MAX;
+                options.batch = u32::MAX;
+                // an answer, or none: what it says means nothing
+                if let Ok(estimate) = crate::estimate::estimate(&facts, &options) {
+                    assert_eq!(estimate.devices.len(), options.devices as usize);
+                    answers += 1;
+                }
+            }
+        }
+    }
+    assert!(answers > 1000, "{answers}");
+}
