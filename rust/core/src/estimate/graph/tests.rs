@@ -287,7 +287,7 @@ fn the_largest_sizes_that_are_read_end_in_some_answer() {
                 *size = length;
             }
             for heads in [&mut hyper.heads, &mut hyper.kv_heads] {
-                heads.iter_mut().for_each(|heads| *heads = count);
+                heads.fill(count);
             }
             for mut options in options(&facts).into_iter().step_by(37) {
                 options.context_length = 1 << 31;
