@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import gguf
 import pytest
 
 from llama_gpu.engine import embedded_engine, find_engine, list_devices, llama_server_engine
@@ -20,7 +21,7 @@ from llama_gpu.engine.arguments import build_parser
 from llama_gpu.errors import ConfigError, ServerExitedError
 from llama_gpu.launch import Engine, plan_launch
 from llama_gpu.server import Server
-from support.gguf_builder import write_embedding_model, write_llama
+from support.gguf_builder import write_embedding_model, write_llama, write_sparse
 from support.processes import has_ended
 
 SUPPORT = Path(__file__).parent / "support"
@@ -269,17 +270,25 @@ def test_term_ends_a_server_that_is_streaming(llama: Path) -> None:
 
 @needs_xllamacpp
 def test_term_ends_a_server_in_the_middle_of_its_load(tmp_path: Path) -> None:
-    endless = tmp_path / "pipe.gguf"
-    os.mkfifo(endless)
-    plan = plan_launch(engine=embedded_engine(), model_path=endless, alias="tiny", api_key="k")
+    # Large enough to be far from ready when the log says that loading has begun.
+    f16 = gguf.GGMLQuantizationType.F16
+    large = write_sparse(tmp_path / "large.gguf", layers=4, context=2048, quantization=f16)
+    plan = plan_launch(engine=embedded_engine(), model_path=large, alias="large", api_key="k")
 
     async def body() -> None:
+        loading = asyncio.Event()
+
+        def heard(line: str) -> None:
+            if "load_tensors" in line:
+                loading.set()
+
         async with aiohttp.ClientSession() as http:
-            server = Server(plan, model="tiny", http=http)
+            server = Server(plan, model="large", http=http, on_log=heard)
             starting = asyncio.create_task(server.start())
-            write_end = await asyncio.to_thread(os.open, endless, os.O_WRONLY)
+            begun = asyncio.create_task(loading.wait())
+            await asyncio.wait({starting, begun}, return_when=asyncio.FIRST_COMPLETED)
+            assert not starting.done()
             await server.stop(60.0)
-            os.close(write_end)
             with pytest.raises(ServerExitedError, match="was stopped"):
                 await starting
             assert server.exit_code == -signal.SIGTERM
