@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 
 from llama_gpu.engine.arguments import build_parser
 
 __all__ = ["main"]
 
+LAST_WORDS_SECONDS = 0.3  # llama.cpp logs in a thread of its own, and says there why it could not load
 MISSING = "the embedded engine needs the package xllamacpp: pip install 'llama-gpu[engine]'"
 
 
@@ -37,8 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
         server = serve(settings)
     except (RuntimeError, ValueError) as error:
         sys.stderr.write(f"error: {error}\n")
-        # llama.cpp's threads may still be running: an orderly end could wait for them for ever.
         sys.stderr.flush()
+        # llama.cpp's threads may still be running: an orderly end could wait for them for ever.
+        time.sleep(LAST_WORDS_SECONDS)
         os._exit(1)
     # The kernel may interrupt one of llama.cpp's threads: only the pipe is sure to wake this one.
     waiting, woken = os.pipe()
