@@ -319,7 +319,8 @@ impl Finder<'_> {
         for (leaf, backend) in schedule.leaves.iter().copied() {
             self.introduce(leaf);
             self.allocate(leaf, backend);
-            if repeats && leaf.index() >= layers && self.life(leaf).planned {
+            let is_layers = leaf.index() >= layers && !schedule.is_copy(leaf);
+            if repeats && is_layers && self.life(leaf).planned {
                 self.blanks.push(leaf);
             }
         }

@@ -121,18 +121,9 @@ fn plan(
         families::build(&mut w.graph, facts, &batch);
     }
     let mut planned = w.play(&batch);
-    let slower = [std::mem::take(&mut batch.short_lead), true];
-    for every_layer in [false, true]
-        .into_iter()
-        .zip(slower)
-        .filter(|(_, other)| *other)
-        .map(|(every, _)| every)
-    {
-        if planned.is_none() {
-            batch.every_layer = every_layer;
-            families::build(&mut w.graph, facts, &batch);
-            planned = w.play(&batch);
-        }
+    while planned.is_none() && batch.builds_more() {
+        families::build(&mut w.graph, facts, &batch);
+        planned = w.play(&batch);
     }
     let mut devices = planned?;
     let host = devices.pop().unwrap_or(0);

@@ -79,6 +79,7 @@ impl<'a> Batch<'a> {
             cuda: options.backend == Backend::Cuda,
             short_lead: options.kv_offload
                 && options.cpu_moe_layers == CpuMoe::None
+                && layout.devices <= 1
                 && (layout.devices == 0 || layout.layers.iter().all(Option::is_some)),
             every_layer: false,
             may_give_up: false,
@@ -93,6 +94,14 @@ impl<'a> Batch<'a> {
 
     pub(super) fn is_given_up(&self) -> bool {
         self.given_up.get()
+    }
+
+    /// Has more layers built, and at last all; false when all were.
+    pub(super) fn builds_more(&mut self) -> bool {
+        if !std::mem::take(&mut self.short_lead) {
+            return !std::mem::replace(&mut self.every_layer, true);
+        }
+        true
     }
 
     /// Attends without flash attention from now on.

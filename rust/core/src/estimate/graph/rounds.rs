@@ -154,7 +154,12 @@ impl Schedule {
                 || moved.iter().any(|(before, _)| before == id)
         };
         let moves_on = |(before, now): &(TensorId, TensorId)| {
-            now.0 >= round.lowest && !self.is_copy(*now) && !stay.contains(&(*before, *before))
+            // what is never given back does not live as its like does
+            let alike = !graph.get(*before).is_output;
+            alike
+                && now.0 >= round.lowest
+                && !self.is_copy(*now)
+                && !stay.contains(&(*before, *before))
         };
         let known = unpaired.iter().all(is_known) && moved.iter().all(moves_on);
         round.nodes.twins.extend(moved);
