@@ -459,4 +459,16 @@ impl Builder<'_> {
         self.g.expand(cur);
         cur
     }
+
+    /// Gives up flash attention where no kernel of the layer's device runs this one.
+    fn give_up_if_stray(&self, attention: TensorId) {
+        let on_device = self.batch.layer_backend(self.layer()) != self.batch.cpu();
+        if self.may_give_up
+            && self.batch.cuda
+            && on_device
+            && !super::cuda::supports_flash_attention(self.g, self.g.get(attention))
+        {
+            self.batch.give_up();
+        }
+    }
 }

@@ -36,7 +36,7 @@ pub(super) struct Builder<'a> {
     pub(super) n_tokens: i64,
     pub(super) n_seqs: i64,
     /// The layer that is built.
-    pub(super) il: usize,
+    il: usize,
     /// The layer that [`weight`](Self::weight) looks into: another one where weights run more than once.
     pub(super) home: usize,
     /// Weights of the current layer and of no layer that are in the graph already.

@@ -3,7 +3,6 @@
 use super::builder::{Builder, CLAMP, EXPERT_CLAMP};
 use super::repeats::{LEADING_LAYERS, representatives};
 use super::reserve::{Batch, owns_cache};
-use super::tensor::TensorId;
 
 /// Spreads numbers that are hashed.
 const MIXER: u64 = 0x9e37_79b9_7f4a_7c15;
@@ -115,18 +114,6 @@ impl<'a> Builder<'a> {
         Layers {
             numbers: built.into_iter(),
             batch: self.batch,
-        }
-    }
-
-    /// Gives up flash attention where no kernel of the layer's device runs this one.
-    pub(super) fn give_up_if_stray(&self, attention: TensorId) {
-        let on_device = self.batch.layer_backend(self.il) != self.batch.cpu();
-        if self.may_give_up
-            && self.batch.cuda
-            && on_device
-            && !super::cuda::supports_flash_attention(self.g, self.g.get(attention))
-        {
-            self.batch.give_up();
         }
     }
 }

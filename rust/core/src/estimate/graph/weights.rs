@@ -81,7 +81,7 @@ impl Builder<'_> {
         if let Some(id) = self.known.get(place).filter(|id| id.is_some()) {
             return *id;
         }
-        let on_host = self.il < self.batch.host_expert_layers && is_expert(name);
+        let on_host = self.layer() < self.batch.host_expert_layers && is_expert(name);
         let id = self.store(weight, Belongs::Layer(self.home), on_host);
         if let Some(slot) = self.known.get_mut(place) {
             *slot = id;
@@ -106,14 +106,14 @@ impl Builder<'_> {
 
     /// The current layer's `NAME.scale`, or none.
     pub(super) fn scale(&mut self, name: &str) -> TensorId {
-        if self.home == self.il {
+        if self.home == self.layer() {
             return self.layer_tensor(name, ".scale");
         }
         let hash = joined_hash(name, ".scale");
-        let own = self.model.layer(self.il);
+        let own = self.model.layer(self.layer());
         own.and_then(|layer| find(&layer.weights, hash))
             .map_or(NONE, |weight| {
-                self.store(*weight, Belongs::Layer(self.il), false)
+                self.store(*weight, Belongs::Layer(self.layer()), false)
             })
     }
 
@@ -178,7 +178,7 @@ impl Builder<'_> {
 
     /// A tensor that is named once and kept beside every layer.
     pub(super) fn layer_shared(&mut self, name: &str) -> TensorId {
-        self.shared(name, Belongs::Layer(self.il))
+        self.shared(name, Belongs::Layer(self.layer()))
     }
 
     /// The output matrix, or a copy of the embeddings where they are tied.

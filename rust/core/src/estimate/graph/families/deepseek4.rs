@@ -236,15 +236,7 @@ fn pick(b: &mut Builder<'_>, normed: TensorId, low: TensorId, i: &Inputs) -> Ten
     let weights = b.g.unary(weights);
     let keys = cache.keys(b);
     let k = b.read_rows(keys, cache.length, 1);
-    let ([q0, q1, q2, _], [_, b1, b2, b3]) = (b.g.ne(q), b.g.nb(q));
-    let q =
-        b.g.view(q, [q0, q1, q2 / slots, slots], [b1, b2, b3 / slots]);
-    let ([w0, w1, w2, _], [_, b1, b2, b3]) = (b.g.ne(weights), b.g.nb(weights));
-    let weights = b.g.view(
-        weights,
-        [w0, w1 / slots, w2, slots],
-        [b1, b2 / slots, b3 / slots],
-    );
+    let [q, weights] = super::sparse::per_stream(b, [q, weights], slots);
     let scores = b.g.result(
         Op::Other,
         GgmlType::F32,

@@ -194,6 +194,24 @@ pub(super) fn pick(
     b.store_rows(keys, k, i.ids);
     let weights = b.matmul("indexer.proj", normed);
     let k = b.read_rows(keys, i.length, 1);
+    let [q, weights] = per_stream(b, [q, weights], streams);
+    let weights = b.g.unary(weights);
+    let scores = b.g.result(
+        Op::Other,
+        GgmlType::F32,
+        [cells, n_tokens / streams, 1, streams],
+        &[q, k, weights, i.mask],
+    );
+    let best = b.g.top_k(scores, i.picked);
+    b.g.cont(best)
+}
+
+/// An indexer's queries and their weights, by stream.
+pub(super) fn per_stream(
+    b: &mut Builder<'_>,
+    [q, weights]: [TensorId; 2],
+    streams: i64,
+) -> [TensorId; 2] {
     let ([q0, q1, q2, _], [_, b1, b2, b3]) = (b.g.ne(q), b.g.nb(q));
     let q =
         b.g.view(q, [q0, q1, q2 / streams, streams], [b1, b2, b3 / streams]);
@@ -203,15 +221,7 @@ pub(super) fn pick(
         [w0, w1 / streams, w2, streams],
         [b1, b2 / streams, b3 / streams],
     );
-    let weights = b.g.unary(weights);
-    let scores = b.g.result(
-        Op::Other,
-        GgmlType::F32,
-        [cells, q2 / streams, 1, streams],
-        &[q, k, weights, i.mask],
-    );
-    let best = b.g.top_k(scores, i.picked);
-    b.g.cont(best)
+    [q, weights]
 }
 
 /// `build_attn` with a mask that lets only the picked positions through.
