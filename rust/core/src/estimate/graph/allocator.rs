@@ -8,11 +8,10 @@
 #[cfg(test)]
 mod tests;
 
-use std::borrow::Cow;
-
 use super::buffer::{Block, Buffer, BufferRules};
-use super::lifetimes::{Change, Lifetimes, Program, Reserve, RoundChanges};
+use super::lifetimes::Lifetimes;
 use super::ops::Graph;
+use super::program::{Change, Program, Reserve, RoundChanges, When};
 use super::scheduler::Schedule;
 
 /// Plans graphs one after the other; keeps its memory between them.
@@ -121,7 +120,7 @@ impl Player<'_> {
         }
     }
 
-    fn play(&mut self, changes: &[Change]) {
+    fn play<'c>(&mut self, changes: impl IntoIterator<Item = &'c Change>) {
         for change in changes {
             match *change {
                 Change::Take {
@@ -143,6 +142,7 @@ impl Player<'_> {
                     bytes,
                     ..
                 } => self.give_back(slot, buffer, kept, bytes),
+                Change::TakeOver { slot, from } => self.put(slot, self.place(from)),
             }
         }
     }
@@ -191,7 +191,7 @@ impl Player<'_> {
         })
     }
 
-    /// Runs a round as often as it stands for, or until its runs repeat.
+    /// Runs a round as often as it stands for, or until its runs repeat, and once more.
     fn repeat(
         &mut self,
         changes: &[Change],
@@ -200,20 +200,16 @@ impl Player<'_> {
         stretches: &[Stretch],
     ) {
         let mut seen: Vec<Handover> = Vec::with_capacity(4);
-        let once = |change: &&Change| match change {
-            Change::Take { once, .. } | Change::GiveBack { once, .. } => *once,
-        };
-        let mut again = Cow::Borrowed(changes);
-        if changes.iter().any(|change| once(&change)) {
-            again.to_mut().retain(|change| !once(&change));
-        } else {
+        // the first run leaves what others do not if it does more, or less
+        let alike = |change: &Change| !matches!(change.when(), When::First | When::Again);
+        if changes.iter().all(alike) {
             let places = round.handed.iter().map(|(before, _)| self.place(*before));
             seen.push(self.handover(0, places.collect(), None));
         }
         let mut run = 0;
-        let mut changes = changes;
         let mut watching = false;
         while run < round.more {
+            let changes = of_run(changes, run == 0, false);
             let calm = if stretches.is_empty() {
                 self.play(changes);
                 Some(usize::MAX)
@@ -223,7 +219,6 @@ impl Player<'_> {
                 self.play(changes);
                 None
             };
-            changes = &again;
             run += 1;
             let places: Vec<i64> = round
                 .handed
@@ -252,6 +247,7 @@ impl Player<'_> {
             seen.push(now);
             self.shift(reserves, stretches, run);
         }
+        self.play(of_run(changes, false, true));
     }
 
     fn handover(&self, run: usize, places: Vec<i64>, calm: Option<usize>) -> Handover {
@@ -296,7 +292,12 @@ impl Player<'_> {
     }
 
     /// Plays a run; gives the number of runs after it that surely take the same blocks while those of the stretches grow.
-    fn play_watched(&mut self, changes: &[Change], stretches: &[Stretch], run: usize) -> usize {
+    fn play_watched<'c>(
+        &mut self,
+        changes: impl Iterator<Item = &'c Change>,
+        stretches: &[Stretch],
+        run: usize,
+    ) -> usize {
         let mut calm = i64::MAX;
         for change in changes {
             match *change {
@@ -322,10 +323,22 @@ impl Player<'_> {
                     bytes,
                     ..
                 } => self.give_back(slot, buffer, kept, bytes),
+                Change::TakeOver { slot, from } => self.put(slot, self.place(from)),
             }
         }
         usize::try_from(calm).unwrap_or(usize::MAX)
     }
+}
+
+/// The changes of one run of a round.
+fn of_run(changes: &[Change], first: bool, last: bool) -> impl Iterator<Item = &Change> {
+    changes.iter().filter(move |change| match change.when() {
+        When::First => first,
+        When::Again => !first,
+        When::Always => true,
+        When::Before => !last,
+        When::Last => last,
+    })
 }
 
 /// Bytes by which a block may grow from one run to the next: what the runs before gave back ends where the places of this one begin, and

@@ -3,60 +3,10 @@
 
 use super::buffer::BufferRules;
 use super::ops::Graph;
-use super::rounds::{Round, RoundNodes};
+use super::program::{Change, Program, Reserve, RoundChanges, When};
+use super::rounds::Round;
 use super::scheduler::Schedule;
 use super::tensor::{Op, Storage, TensorId};
-
-/// What happens to a buffer. A slot stands for one place; an operation that writes over its source keeps the source's slot.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Change {
-    Take {
-        slot: u32,
-        buffer: u8,
-        bytes: i64,
-        /// In a round that runs again: only in its first run.
-        once: bool,
-    },
-    GiveBack {
-        slot: u32,
-        buffer: u8,
-        /// Bytes of the slot that are kept before those that are given back.
-        kept: i64,
-        bytes: i64,
-        once: bool,
-    },
-}
-
-/// Places that the layers of a round take before the first layer runs: those of all runs lie side by side, a run gives its own back.
-#[derive(Clone, Debug)]
-pub(super) struct Reserve {
-    /// The change after which the runs that are not built get theirs.
-    pub(super) after: usize,
-    pub(super) buffer: u8,
-    /// Slots and bytes, in order.
-    pub(super) members: Vec<(u32, i64)>,
-    /// How often the round runs beside the built times.
-    pub(super) more: usize,
-}
-
-/// Changes that happen `more` times before those that follow them.
-#[derive(Clone, Debug)]
-pub(super) struct RoundChanges {
-    pub(super) start: usize,
-    pub(super) end: usize,
-    pub(super) more: usize,
-    /// Slots that a run reads, and those that it leaves in their stead.
-    pub(super) handed: Vec<(u32, u32)>,
-    pub(super) reserves: std::ops::Range<usize>,
-}
-
-/// All changes, in order.
-#[derive(Debug, Default)]
-pub(super) struct Program {
-    pub(super) changes: Vec<Change>,
-    pub(super) rounds: Vec<RoundChanges>,
-    pub(super) reserves: Vec<Reserve>,
-}
 
 /// What is known of one tensor.
 #[derive(Clone, Copy, Debug)]
@@ -74,6 +24,8 @@ struct Lifetime {
     allocated: bool,
     /// Belongs to the round that runs again.
     own: bool,
+    /// All runs but the first have given it back.
+    ended: bool,
 }
 
 impl Default for Lifetime {
@@ -88,6 +40,7 @@ impl Default for Lifetime {
             planned: false,
             allocated: false,
             own: false,
+            ended: false,
         }
     }
 }
@@ -118,7 +71,10 @@ impl Lifetimes {
             lives: &mut self.lives,
             program: &mut self.program,
             blanks: Vec::new(),
-            repeating: false,
+            when: When::Always,
+            once: Vec::new(),
+            in_round: false,
+            strayed: false,
         };
         finder.inputs(schedule);
         let mut done = 0;
@@ -141,8 +97,13 @@ struct Finder<'a> {
     program: &'a mut Program,
     /// Leaves of layers that want a place.
     blanks: Vec<TensorId>,
-    /// A round runs again: what is not its own was read in its first run.
-    repeating: bool,
+    /// In which runs of a round the node runs that is looked at.
+    when: When,
+    /// What nodes read that run in a round's first run only, and how many of them are yet to come.
+    once: Vec<(TensorId, u32)>,
+    in_round: bool,
+    /// Something in the round cannot be told for all its runs.
+    strayed: bool,
 }
 
 impl Finder<'_> {
@@ -152,54 +113,59 @@ impl Finder<'_> {
         }
     }
 
-    /// Notes what a round's runs but the last do, then does what the last does. False when something that it reads was placed early for
-    /// it and for others, or outlives it.
+    /// Finds what all runs of a round do, on the tensors of its last one. False when a run reads something that was placed early for it
+    /// and for others, or cannot be told from those before it.
     fn round(&mut self, schedule: &Schedule, round: &Round) -> bool {
-        let RoundNodes {
-            first,
-            own,
-            last,
-            twins,
-        } = &round.nodes;
-        let Some(early) = self.early(schedule, last, twins, round.lowest) else {
+        let nodes = schedule.nodes.get(round.start..round.end);
+        let nodes = nodes.unwrap_or_default().iter().zip(&round.when);
+        let Some(early) = self.early(schedule, round) else {
             return false;
         };
-        let own = own.iter().map(|(id, _)| *id).chain(early.iter().copied());
-        let fresh: Vec<(TensorId, Lifetime)> = own
-            .map(|id| {
-                self.edit(id, |life| life.own = true);
-                (id, self.life(id))
-            })
-            .collect();
+        let own = nodes.clone().filter(|(_, when)| **when == When::Always);
+        let own = own.map(|((id, _), _)| *id);
+        for id in own.clone().chain(early.iter().copied()) {
+            self.edit(id, |life| life.own = true);
+        }
         // tensors that the round before made and this one reads, where this one makes their like
-        let mut handed: Vec<(TensorId, TensorId, Lifetime)> = twins
-            .iter()
-            .map(|(before, id)| (*before, *id, self.life(*before)))
+        let twins = own.filter(|id| !schedule.is_copy(*id));
+        let twins = twins.filter_map(|id| Some((round.before(id)?, id)));
+        let handed: Vec<(TensorId, TensorId, Lifetime)> = twins
+            .chain(round.pairs.iter().copied())
+            .map(|(before, id)| (before, id, self.life(before)))
             .filter(|(_, _, life)| !life.own)
             .filter(|(_, _, life)| life.allocated || life.readers > 0 || life.views > 0)
             .collect();
-        // what runs once reads them once
-        for (node, _) in first.iter().filter(|node| !self.life(node.0).own) {
-            let tensor = self.graph.get(*node);
-            for (before, _, old) in &mut handed {
-                let reads = tensor.sources().filter(|source| source == before);
-                old.readers = old.readers.saturating_sub(reads.count() as u32);
-                old.views = old
-                    .views
-                    .saturating_sub(u32::from(tensor.view_of == *before));
-            }
-        }
         for (before, ..) in &handed {
             self.edit(*before, |life| life.own = true);
         }
         let first_reserve = self.program.reserves.len();
         self.reserve(schedule, &early, round.more);
-        // only the last run reads what other layers read too: until then it must stay
-        self.repeating = true;
+        self.once.clear();
+        for ((node, _), _) in nodes.clone().filter(|(_, when)| **when == When::First) {
+            for source in self.graph.get(*node).sources() {
+                match self.once.iter_mut().find(|(id, _)| *id == source) {
+                    Some((_, times)) => *times += 1,
+                    None => self.once.push((source, 1)),
+                }
+            }
+        }
         let start = self.program.changes.len();
-        self.steps(first);
-        self.repeating = false;
-        if early.iter().any(|id| self.life(*id).allocated) {
+        self.in_round = true;
+        self.strayed = false;
+        for ((node, backend), when) in nodes {
+            self.when = *when;
+            self.step(*node, *backend);
+        }
+        self.in_round = false;
+        self.when = When::Always;
+        let differs = |(_, id, old): &(TensorId, TensorId, Lifetime)| {
+            let now = self.life(*id);
+            old.allocated && (old.bytes, old.buffer) != (now.bytes, now.buffer)
+        };
+        if self.strayed
+            || early.iter().any(|id| self.life(*id).allocated)
+            || handed.iter().any(differs)
+        {
             return false;
         }
         self.program.rounds.push(RoundChanges {
@@ -212,48 +178,38 @@ impl Finder<'_> {
                 .collect(),
             reserves: first_reserve..self.program.reserves.len(),
         });
-        for (before, id, old) in &handed {
-            let now = self.life(*id);
-            self.edit(*before, |life| {
-                *life = Lifetime {
-                    buffer: now.buffer,
-                    bytes: now.bytes,
-                    ..*old
-                };
-            });
+        let nodes = schedule.nodes.get(round.start..round.end);
+        let own = nodes.unwrap_or_default().iter().map(|(id, _)| *id);
+        let before = handed.iter().map(|(before, ..)| *before);
+        for id in own.chain(early).chain(before) {
+            self.edit(id, |life| life.own = false);
         }
-        for (id, life) in &fresh {
-            self.edit(*id, |slot| {
-                *slot = Lifetime {
-                    own: false,
-                    ..*life
-                }
-            });
-        }
-        self.steps(last);
         true
     }
 
     /// What took its place before the round and is read by it alone; none when others read such a tensor too.
-    fn early(
-        &self,
-        schedule: &Schedule,
-        nodes: &[(TensorId, u8)],
-        twins: &[(TensorId, TensorId)],
-        lowest: u32,
-    ) -> Option<Vec<TensorId>> {
+    fn early(&self, schedule: &Schedule, round: &Round) -> Option<Vec<TensorId>> {
+        let nodes = schedule.nodes.get(round.start..round.end);
+        let nodes = nodes.unwrap_or_default().iter().zip(&round.when);
+        let nodes = nodes.filter(|(_, when)| **when != When::First);
+        // what the round makes for its next run, the round before made for its first
+        let made_before = |id: TensorId| {
+            let after = round.after(id);
+            let by_number = !schedule.is_copy(id) && !schedule.is_copy(after);
+            (by_number && nodes.clone().any(|((id, _), _)| *id == after))
+                || round.pairs.iter().any(|(before, _)| *before == id)
+        };
         let blanks = self.blanks.iter().map(|id| (*id, *id));
         let mut read: Vec<(TensorId, u32)> = blanks
             .chain(schedule.copied.iter().copied())
-            .filter(|(source, id)| source.0 >= lowest && self.life(*id).allocated)
-            // what the round makes for its next run, the round before made for its first
-            .filter(|(_, id)| !twins.iter().any(|(before, _)| before == id))
+            .filter(|(source, id)| source.0 >= round.lowest && self.life(*id).allocated)
+            .filter(|(_, id)| !made_before(*id))
             .map(|(_, id)| (id, 0))
             .collect();
         if read.is_empty() {
             return Some(Vec::new());
         }
-        for (node, _) in nodes {
+        for ((node, _), _) in nodes {
             for source in self.graph.get(*node).sources() {
                 if let Some((_, times)) = read.iter_mut().find(|(id, _)| *id == source) {
                     *times += 1;
@@ -352,20 +308,16 @@ impl Finder<'_> {
 
     fn step(&mut self, node: TensorId, backend: u8) {
         let tensor = self.graph.get(node);
-        for source in tensor.sources() {
-            self.allocate(source, backend);
-        }
         self.allocate(node, backend);
-        let runs_again = self.repeating && self.life(node).own;
         for source in tensor.sources() {
             let Some(life) = self.lives.get_mut(source.index()) else {
                 continue;
             };
-            if runs_again && !life.own {
-                continue;
-            }
             life.readers = life.readers.saturating_sub(1);
             if life.readers > 0 || life.views > 0 {
+                if self.in_round && !self.once.is_empty() {
+                    self.read_in_round(source);
+                }
                 continue;
             }
             let (view_of, allocated) = (life.view_of, life.allocated);
@@ -378,9 +330,6 @@ impl Finder<'_> {
             let Some(viewed) = self.lives.get_mut(view_of.index()) else {
                 continue;
             };
-            if runs_again && !viewed.own {
-                continue;
-            }
             viewed.views = viewed.views.saturating_sub(1);
             if viewed.views == 0 && viewed.readers == 0 && viewed.allocated {
                 self.give_back(view_of);
@@ -388,16 +337,53 @@ impl Finder<'_> {
         }
     }
 
+    /// What only the first run reads once more ends here in the others.
+    fn read_in_round(&mut self, id: TensorId) {
+        let Some((_, times)) = self.once.iter_mut().find(|(of, _)| *of == id) else {
+            return;
+        };
+        if self.when == When::First {
+            *times = times.saturating_sub(1);
+            return;
+        }
+        let (times, life) = (*times, self.life(id));
+        if times > 0 && life.readers == times && life.views == 0 && life.allocated {
+            let when = if life.own { When::Again } else { When::Last };
+            self.push_given_back(&life, when);
+            self.edit(id, |life| {
+                life.allocated = life.own;
+                life.ended = true;
+            });
+        }
+    }
+
     fn give_back(&mut self, id: TensorId) {
         let life = self.life(id);
         self.edit(id, |life| life.allocated = false);
+        let when = self.when_given_back(&life);
+        self.push_given_back(&life, when);
+    }
+
+    fn push_given_back(&mut self, life: &Lifetime, when: When) {
         self.program.changes.push(Change::GiveBack {
             slot: life.slot,
             buffer: life.buffer,
             kept: 0,
             bytes: life.bytes,
-            once: !life.own,
+            when,
         });
+    }
+
+    /// In which runs a tensor ends that ends now: what a round shares with others ends with its last run.
+    fn when_given_back(&mut self, life: &Lifetime) -> When {
+        if life.own {
+            self.strayed |= self.when != When::Always && !(self.when == When::First && life.ended);
+            self.when
+        } else if self.when == When::First {
+            When::First
+        } else {
+            When::Last
+        }
     }
 
     #[inline]
@@ -412,22 +398,10 @@ impl Finder<'_> {
     }
 
     fn place(&mut self, id: TensorId, backend: u8) {
-        if self.graph.get(id).op.can_reuse_source() && self.reuse_source(id) {
-            return;
+        let reuses = self.graph.get(id).op.can_reuse_source();
+        if !reuses || !self.reuse_source(id, backend) {
+            self.take(id, backend, self.when);
         }
-        let bytes = self.size(id, backend);
-        let own = self.life(id).own;
-        self.edit(id, |life| {
-            life.buffer = backend;
-            life.bytes = bytes;
-            life.slot = id.0;
-        });
-        self.program.changes.push(Change::Take {
-            slot: id.0,
-            buffer: backend,
-            bytes,
-            once: !own,
-        });
     }
 
     fn size(&self, id: TensorId, buffer: u8) -> i64 {
@@ -438,47 +412,83 @@ impl Finder<'_> {
 
     /// Lets `id` take over a source that nothing else reads; true when it did. Views are never taken over: ggml counts only what it
     /// placed itself as its own.
-    fn reuse_source(&mut self, id: TensorId) -> bool {
+    fn reuse_source(&mut self, id: TensorId, backend: u8) -> bool {
         let tensor = self.graph.get(id);
-        let runs_again = self.repeating && self.life(id).own;
-        for source in tensor.sources() {
-            let life = self.life(source);
-            if life.allocated
-                && (life.own || !runs_again)
+        let mut unread = tensor.sources().filter(|source| {
+            let life = self.life(*source);
+            life.allocated
                 && life.readers == 1
                 && life.views == 0
-                && tensor.same_layout(self.graph.get(source))
-            {
-                self.take_over(id, source);
-                return true;
-            }
+                && tensor.same_layout(self.graph.get(*source))
+        });
+        let Some(source) = unread.next() else {
+            return false;
+        };
+        // what is shared lives on in every run but the last
+        if self.in_round && self.when == When::Always && !self.life(source).own {
+            self.strayed |= unread.next().is_some();
+            self.take_over_last(id, source, backend);
+        } else {
+            self.take_over(id, source);
         }
-        false
+        true
     }
 
     fn take_over(&mut self, id: TensorId, owner: TensorId) {
-        let Lifetime {
-            slot,
-            buffer,
-            bytes,
-            own,
-            ..
-        } = self.life(owner);
-        let kept = self.size(id, buffer);
+        let old = self.life(owner);
+        let kept = self.size(id, old.buffer);
         self.edit(id, |life| {
-            life.slot = slot;
-            life.buffer = buffer;
+            life.slot = old.slot;
+            life.buffer = old.buffer;
             life.bytes = kept;
         });
         self.edit(owner, |life| life.allocated = false);
-        if bytes > kept {
+        // each run's own must end with that run, not with what only one of them does
+        self.strayed |= self.in_round && (old.ended || old.own != (self.when == When::Always));
+        self.give_back_behind(&old, kept);
+    }
+
+    /// The last run alone takes over; the others take a place.
+    fn take_over_last(&mut self, id: TensorId, owner: TensorId, backend: u8) {
+        let old = self.life(owner);
+        self.strayed |= old.buffer != backend;
+        let kept = self.take(id, backend, When::Before);
+        self.edit(owner, |life| life.allocated = false);
+        self.program.changes.push(Change::TakeOver {
+            slot: id.0,
+            from: old.slot,
+        });
+        self.give_back_behind(&old, kept);
+    }
+
+    /// What was taken over gives back what it is larger by.
+    fn give_back_behind(&mut self, old: &Lifetime, kept: i64) {
+        if old.bytes > kept {
+            let when = self.when_given_back(old);
             self.program.changes.push(Change::GiveBack {
-                slot,
-                buffer,
+                slot: old.slot,
+                buffer: old.buffer,
                 kept,
-                bytes: bytes - kept,
-                once: !own,
+                bytes: old.bytes - kept,
+                when,
             });
         }
+    }
+
+    /// Takes a place; gives its bytes.
+    fn take(&mut self, id: TensorId, buffer: u8, when: When) -> i64 {
+        let bytes = self.size(id, buffer);
+        self.edit(id, |life| {
+            life.buffer = buffer;
+            life.bytes = bytes;
+            life.slot = id.0;
+        });
+        self.program.changes.push(Change::Take {
+            slot: id.0,
+            buffer,
+            bytes,
+            when,
+        });
+        bytes
     }
 }

@@ -6,7 +6,7 @@
 //! options -> Batch                     (reserve: what is reserved for)
 //! families::build -> Graph             (builder, attention, experts, states: what is computed, in llama.cpp's order)
 //! Schedule::build -> backends, copies  (scheduler)
-//! Lifetimes::find -> changes           (lifetimes: who takes a place and gives it back, in order)
+//! Lifetimes::find -> Program           (lifetimes, program: who takes a place and gives it back, in order)
 //! Allocator::plan -> bytes per buffer  (allocator, buffer)
 //! ```
 //!
@@ -36,8 +36,10 @@ mod families;
 mod layers;
 mod lifetimes;
 mod model;
+mod names;
 mod ops;
 mod planned;
+mod program;
 mod repeats;
 mod reserve;
 mod rounds;

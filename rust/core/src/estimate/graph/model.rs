@@ -3,6 +3,8 @@
 use crate::gguf::{self, GgmlType, Header, Metadata};
 use crate::model::weights::repacks;
 
+use super::names::{Places, name_hash, whole_hash};
+
 /// Larger hyper-parameters are read as this, so that products of a few stay far from overflow.
 const LARGEST: f64 = 16_777_216.0;
 
@@ -91,19 +93,13 @@ pub(super) type Named<T> = Vec<(u64, T)>;
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Layer {
     pub(super) weights: Named<Weight>,
-    /// The names of `weights` alone, which are searched more often than anything else.
-    names: Vec<u64>,
-    /// A bit for each name's last seven: most names that are asked for are not there.
-    marks: u128,
+    places: Places,
 }
 
 impl Layer {
     /// The place of a tensor among `weights`.
     pub(super) fn place(&self, hash: u64) -> Option<usize> {
-        if self.marks & mark(hash) == 0 {
-            return None;
-        }
-        self.names.iter().position(|name| *name == hash)
+        self.places.find(hash)
     }
 }
 
@@ -116,45 +112,6 @@ pub(crate) struct GraphModel {
     kind_of: Vec<usize>,
     shared: Named<Weight>,
     has_scales: bool,
-}
-
-/// Names are compared by number while a graph is built: the numbers of what stands before and behind the last point.
-pub(super) fn name_hash(name: &str) -> u64 {
-    match name.rfind('.') {
-        Some(point) => {
-            let (stem, suffix) = name.split_at(point);
-            joined_hash(stem, suffix)
-        }
-        None => joined_hash(name, ""),
-    }
-}
-
-/// The hash of `stem` and `suffix` as one name; the suffix begins with the name's last point.
-#[inline]
-pub(super) fn joined_hash(stem: &str, suffix: &str) -> u64 {
-    mixed(bytes_hash(stem) ^ bytes_hash(suffix).rotate_left(32))
-}
-
-/// Eight bytes at a time.
-#[inline]
-fn bytes_hash(text: &str) -> u64 {
-    let (words, rest) = text.as_bytes().as_chunks::<8>();
-    let last = rest
-        .iter()
-        .fold(1, |word, byte| word << 8 | u64::from(*byte));
-    words.iter().fold(mixed(last), |hash, word| {
-        mixed(hash ^ u64::from_le_bytes(*word))
-    })
-}
-
-#[inline]
-fn mixed(number: u64) -> u64 {
-    let product = u128::from(number ^ 0xa076_1d64_78bd_642f) * 0x9e37_79b9_7f4a_7c15;
-    (product >> 64) as u64 ^ product as u64
-}
-
-fn mark(hash: u64) -> u128 {
-    1 << (hash % 128)
 }
 
 pub(super) fn find<T>(list: &Named<T>, hash: u64) -> Option<&T> {
@@ -176,7 +133,7 @@ impl GraphModel {
                 .strip_prefix(architecture)
                 .and_then(|rest| rest.strip_prefix('.'));
             if let (Some(key), Some(value)) = (own, Value::read(&header.metadata, key, value)) {
-                model.values.push((name_hash(key), value));
+                model.values.push((whole_hash(key), value));
             }
         }
         let mut kinds = vec![Layer::default(); (layers as usize).min(MOST_LAYERS)];
@@ -198,7 +155,7 @@ impl GraphModel {
                         layer.weights.push((name, weight));
                     }
                 }
-                None => model.shared.push((name_hash(&tensor.name), weight)),
+                None => model.shared.push((whole_hash(&tensor.name), weight)),
             }
         }
         if architecture == "nanbeige" {
@@ -216,8 +173,7 @@ impl GraphModel {
         }
         for mut layer in kinds {
             layer.weights.sort_by_key(|(name, _)| *name);
-            layer.names = layer.weights.iter().map(|(name, _)| *name).collect();
-            layer.marks = layer.names.iter().fold(0, |all, name| all | mark(*name));
+            layer.places = Places::of(layer.weights.iter().map(|(name, _)| *name));
             let kind = model
                 .kinds
                 .iter()
@@ -264,7 +220,7 @@ impl GraphModel {
     }
 
     pub(super) fn float(&self, key: &str) -> Option<f64> {
-        match find(&self.values, name_hash(key))? {
+        match find(&self.values, whole_hash(key))? {
             Value::Number(number) => Some(*number),
             Value::Numbers(numbers) => numbers.first().copied(),
             Value::Text(_) => None,
@@ -273,7 +229,7 @@ impl GraphModel {
 
     /// A layer's own number, or the one for all.
     pub(super) fn at_layer(&self, key: &str, il: usize) -> Option<f64> {
-        match find(&self.values, name_hash(key))? {
+        match find(&self.values, whole_hash(key))? {
             Value::Number(number) => Some(*number),
             Value::Numbers(numbers) => numbers.get(il).copied(),
             Value::Text(_) => None,
@@ -282,7 +238,7 @@ impl GraphModel {
 
     /// The array under `key`, if it is one.
     pub(super) fn array(&self, key: &str) -> Option<&[f64]> {
-        match find(&self.values, name_hash(key))? {
+        match find(&self.values, whole_hash(key))? {
             Value::Numbers(numbers) => Some(numbers),
             _ => None,
         }
@@ -303,7 +259,7 @@ impl GraphModel {
 
     /// A tensor that belongs to no layer.
     pub(super) fn shared(&self, name: &str) -> Option<Weight> {
-        find(&self.shared, name_hash(name)).copied()
+        find(&self.shared, whole_hash(name)).copied()
     }
 
     /// Whether any projection has a scale of its own.

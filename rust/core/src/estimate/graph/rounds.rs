@@ -1,6 +1,7 @@
 //! Rounds of layers among the scheduled nodes: what each run of one does, and what it hands to the next.
 
 use super::ops::Graph;
+use super::program::When;
 use super::scheduler::{Backends, Schedule};
 use super::tensor::{Storage, TensorId};
 
@@ -14,30 +15,28 @@ pub(super) struct Round {
     /// The first tensor of the layers that are alike.
     pub(super) lowest: u32,
     pub(super) more: usize,
-    pub(super) nodes: RoundNodes,
+    /// For each node, in which runs it runs.
+    pub(super) when: Vec<When>,
+    /// Pairs that numbers do not tell: the round makes the second as the round before made the first.
+    pub(super) pairs: Vec<(TensorId, TensorId)>,
 }
 
-/// The nodes of a round.
-#[derive(Debug, Default)]
-pub(super) struct RoundNodes {
-    /// What its first run does.
-    pub(super) first: Vec<(TensorId, u8)>,
-    /// What every run does.
-    pub(super) own: Vec<(TensorId, u8)>,
-    /// What its last run does.
-    pub(super) last: Vec<(TensorId, u8)>,
-    /// Pairs of tensors: the round makes the second as the round before made the first.
-    pub(super) twins: Vec<(TensorId, TensorId)>,
-}
+impl Round {
+    /// What the round before made as this one makes `id`.
+    pub(super) fn before(&self, id: TensorId) -> Option<TensorId> {
+        let before = id.0.checked_sub(self.shift).map(TensorId);
+        before.filter(|before| before.0 >= self.lowest)
+    }
 
-impl RoundNodes {
-    fn with_room_for(nodes: usize) -> Self {
-        Self {
-            first: Vec::with_capacity(nodes),
-            own: Vec::with_capacity(nodes),
-            last: Vec::with_capacity(nodes),
-            twins: Vec::with_capacity(nodes),
+    fn set(&mut self, place: usize, when: When) {
+        if let Some(slot) = self.when.get_mut(place) {
+            *slot = when;
         }
+    }
+
+    /// What this round makes as the one before made `id`, as numbers tell.
+    pub(super) fn after(&self, id: TensorId) -> TensorId {
+        TensorId(id.0.saturating_add(self.shift))
     }
 }
 
@@ -93,7 +92,8 @@ impl Schedule {
                 shift: u32::try_from(own.len()).unwrap_or(0),
                 lowest: u32::try_from(lowest.tensors).unwrap_or(0),
                 more: repeat.more,
-                nodes: RoundNodes::with_room_for(end.saturating_sub(start)),
+                when: vec![When::Always; end.saturating_sub(start)],
+                pairs: Vec::new(),
             };
             self.sort_nodes(graph, &mut round);
             if repeat.short && !self.pair_outputs(graph, &mut round, first..to.tensors) {
@@ -104,7 +104,7 @@ impl Schedule {
         true
     }
 
-    /// Adds what the layer before the leading one gave, and what each run of the round gives in its stead, to the twins: the last
+    /// Adds what the layer before the leading one gave, and what each run of the round gives in its stead, to the pairs: the last
     /// leading layer reads the one where the last layer of the round reads the other. False where that cannot be told.
     fn pair_outputs(
         &self,
@@ -126,11 +126,10 @@ impl Schedule {
                 continue;
             }
             // the same node of an earlier run, or of a later one: the next layer finishes what this round began
-            let earlier = id.0.checked_sub(round.shift).filter(|n| *n >= round.lowest);
-            let later = id.0.checked_add(round.shift).filter(|n| *n < end);
-            let (before, now) = match (earlier, later) {
-                (Some(earlier), _) => (TensorId(earlier), *id),
-                (None, Some(later)) => (*id, TensorId(later)),
+            let later = Some(round.after(*id)).filter(|later| later.0 < end);
+            let (before, now) = match (round.before(*id), later) {
+                (Some(earlier), _) => (earlier, *id),
+                (None, Some(later)) => (*id, later),
                 (None, None) => {
                     unpaired.extend(graph.get(*id).sources().filter(|id| made_before(*id)));
                     continue;
@@ -162,7 +161,7 @@ impl Schedule {
                 && !stay.contains(&(*before, *before))
         };
         let known = unpaired.iter().all(is_known) && moved.iter().all(moves_on);
-        round.nodes.twins.extend(moved);
+        round.pairs.extend(moved);
         known
     }
 
@@ -184,42 +183,32 @@ impl Schedule {
                 .filter(|(node, _)| node.index() < known)
                 .any(|(node, _)| graph.get(*node).sources().any(|source| source == id))
         };
-        let (lowest, shift) = (round.lowest, round.shift);
-        let before = |id: TensorId| id.0.checked_sub(shift).filter(|n| *n >= lowest);
-        let parts = &mut round.nodes;
-        let mut rest = nodes.iter().copied();
-        while let Some((id, backend)) = rest.next() {
+        let mut rest = nodes.iter().zip(0..);
+        while let Some(((id, _), place)) = rest.next() {
             if id.index() < known {
-                parts.first.push((id, backend));
-                if id.0 < lowest {
-                    continue; // what all layers share is made once
-                }
-                parts.own.push((id, backend));
-                parts.last.push((id, backend));
-                if let Some(twin) = before(id) {
-                    parts.twins.push((TensorId(twin), id));
+                if id.0 < round.lowest {
+                    round.set(place, When::First);
                 }
                 continue;
             }
             // a keeper, and the copy that it keeps the source for
-            let [source, ..] = graph.get(id).sources;
-            let pair = [Some((id, backend)), rest.next()].into_iter().flatten();
-            let Some((copy, to)) = pair.clone().last() else {
+            let [source, ..] = graph.get(*id).sources;
+            let Some(((copy, to), copy_place)) = rest.next() else {
                 continue;
             };
-            if source.0 >= lowest {
-                parts.first.extend(pair.clone());
-                parts.own.extend(pair.clone());
-                parts.last.extend(pair);
-                let twin = before(source).map(|twin| self.copy_slot(TensorId(twin), to, known));
-                let twin = twin.and_then(|slot| self.copy_of.get(slot).copied());
-                if let Some(twin) = twin.filter(|twin| twin.is_some()) {
-                    parts.twins.push((twin, copy));
-                }
-            } else if read_here(copy) {
-                parts.first.extend(pair);
-            } else {
-                parts.last.extend(pair); // for a layer behind the rounds
+            if source.0 < round.lowest {
+                let when = if read_here(*copy) {
+                    When::First
+                } else {
+                    When::Last
+                };
+                round.set(place, when);
+                round.set(copy_place, when);
+            } else if let Some(before) = round.before(source) {
+                let slot = self.copy_slot(before, *to, known);
+                let twin = self.copy_of.get(slot).copied();
+                let twin = twin.filter(|twin| twin.is_some());
+                round.pairs.extend(twin.map(|twin| (twin, *copy)));
             }
         }
     }

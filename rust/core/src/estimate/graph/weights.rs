@@ -1,7 +1,8 @@
 //! The weights that a graph looks up by name, each in the graph once and on the device that it belongs to.
 
 use super::builder::{Builder, NONE};
-use super::model::{Weight, find, joined_hash, name_hash};
+use super::model::{Weight, find};
+use super::names::{joined_hash, name_hash, whole_hash};
 use super::tensor::{Storage, TensorId};
 
 /// Where a weight belongs.
@@ -149,7 +150,7 @@ impl Builder<'_> {
             Belongs::Output => u64::MAX - 1,
             Belongs::Layer(il) => il as u64,
         };
-        let hash = name_hash(name) ^ place;
+        let hash = whole_hash(name) ^ place;
         if let Some((_, id)) = self.known_shared.iter().find(|(known, _)| *known == hash) {
             return *id;
         }

@@ -5,7 +5,7 @@
 use proptest::prelude::*;
 
 use super::super::buffer::{Block, Buffer};
-use super::super::lifetimes::{Change, Program, Reserve, RoundChanges};
+use super::super::program::{Change, Program, Reserve, RoundChanges, When};
 use super::Player;
 
 /// The place that one run leaves to the next.
@@ -16,7 +16,7 @@ fn take(slot: u32, bytes: i64) -> Change {
         slot,
         buffer: 0,
         bytes,
-        once: false,
+        when: When::Always,
     }
 }
 
@@ -26,7 +26,7 @@ fn give_back(slot: u32, bytes: i64) -> Change {
         buffer: 0,
         kept: 0,
         bytes,
-        once: false,
+        when: When::Always,
     }
 }
 
@@ -112,7 +112,6 @@ impl Round {
         changes.push(take(left, self.handed));
         changes.extend(live.into_iter().map(|(slot, bytes)| give_back(slot, bytes)));
         let end = changes.len();
-        changes.extend_from_within(start..end);
         let round = RoundChanges {
             start,
             end,
