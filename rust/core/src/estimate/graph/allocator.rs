@@ -148,7 +148,7 @@ impl Player<'_> {
     }
 
     fn give_back(&mut self, slot: u32, buffer: u8, kept: i64, bytes: i64) {
-        let offset = self.place(slot).saturating_add(kept);
+        let offset = self.place(slot) + kept;
         if let Some(buffer) = self.buffers.get_mut(usize::from(buffer)) {
             buffer.release(offset, bytes);
         }

@@ -4,7 +4,7 @@ use super::ops::Graph;
 use super::tensor::{Op, TensorId};
 
 /// No tensor takes more, so that sums over graphs stay far from overflow.
-const LARGEST: i64 = 1 << 48;
+const LARGEST: i64 = 1 << 44;
 
 /// How a backend's buffers count bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,7 +47,7 @@ pub(super) struct Block {
 
 impl Block {
     pub(super) fn end(self) -> i64 {
-        self.start.saturating_add(self.bytes)
+        self.start + self.bytes
     }
 }
 
@@ -100,12 +100,12 @@ impl Buffer {
             return 0;
         };
         let offset = block.start;
-        block.start = offset.saturating_add(bytes);
-        block.bytes = block.bytes.saturating_sub(bytes);
+        block.start += bytes;
+        block.bytes -= bytes;
         if block.bytes == 0 {
             self.free.remove(choice);
         }
-        self.peak = self.peak.max(offset.saturating_add(bytes));
+        self.peak = self.peak.max(offset + bytes);
         offset
     }
 
@@ -113,29 +113,37 @@ impl Buffer {
     /// Joins the first block in the list that the bytes touch, or stands alone before the first that lies behind them. The list is not
     /// always sorted: a block of no bytes can end up behind the open end.
     pub(super) fn release(&mut self, offset: i64, bytes: i64) {
-        let end = offset.saturating_add(bytes);
-        let touches = |block: &Block| block.end() == offset || block.start == end;
-        let Some(at) = self.free.iter().position(touches) else {
-            let behind = self.free.iter().position(|block| block.start >= offset);
-            let alone = Block {
-                start: offset,
-                bytes,
-            };
-            self.free.insert(behind.unwrap_or(self.free.len()), alone);
-            return;
+        let end = offset + bytes;
+        let mut behind = self.free.len();
+        for (at, block) in self.free.iter_mut().enumerate() {
+            if block.end() == offset {
+                block.bytes += bytes;
+                self.join_next(at);
+                return;
+            }
+            if block.start == end {
+                block.start = offset;
+                block.bytes += bytes;
+                return;
+            }
+            if block.start >= offset {
+                behind = behind.min(at);
+            }
+        }
+        let alone = Block {
+            start: offset,
+            bytes,
         };
+        self.free.insert(behind, alone);
+    }
+
+    /// A block and the next one become one where they touch.
+    fn join_next(&mut self, at: usize) {
         let next = self.free.get(at + 1).copied();
-        let Some(block) = self.free.get_mut(at) else {
-            return;
-        };
-        let before = block.end() == offset;
-        block.bytes = block.bytes.saturating_add(bytes);
-        if !before {
-            block.start = offset;
-        } else if let Some(next) = next
-            && next.start == end
+        if let (Some(next), Some(block)) = (next, self.free.get_mut(at))
+            && next.start == block.end()
         {
-            block.bytes = block.bytes.saturating_add(next.bytes);
+            block.bytes += next.bytes;
             self.free.remove(at + 1);
         }
     }
