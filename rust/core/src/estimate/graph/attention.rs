@@ -438,7 +438,7 @@ impl Builder<'_> {
         } else {
             let mut scores = self.g.mul_mat(k, q);
             for _ in 0..self.score_unaries {
-                scores = self.g.unary(scores);
+                scores = self.g.unary_alone(scores);
             }
             if extras.score_bias.is_some() {
                 scores = self.g.add(scores, extras.score_bias);

@@ -241,6 +241,9 @@ impl<'a> Builder<'a> {
     // norms and projections
 
     pub(super) fn norm(&mut self, cur: TensorId, name: &str, kind: Norm) -> TensorId {
+        if self.g.merges {
+            return self.norm_with(cur, NONE, NONE, kind);
+        }
         let (weight, bias) = (self.weight(name), self.bias(name));
         self.norm_with(cur, weight, bias, kind)
     }
@@ -260,11 +263,10 @@ impl<'a> Builder<'a> {
             Norm::Layer => self.g.norm(cur),
             Norm::Rms => self.g.rms_norm(cur),
         };
-        if weight.is_some() {
-            cur = self.g.mul(cur, weight);
-        }
-        if bias.is_some() {
-            cur = self.g.add(cur, bias);
+        for weight in [weight, bias] {
+            if weight.is_some() {
+                cur = self.g.weigh(cur, weight);
+            }
         }
         cur
     }
@@ -281,7 +283,7 @@ impl<'a> Builder<'a> {
     pub(super) fn project(&mut self, name: &str, cur: TensorId) -> TensorId {
         let weight = self.weight(name);
         let mut out = self.g.mul_mat(weight, cur);
-        if self.applies_scale(name) {
+        if !self.g.merges && self.applies_scale(name) {
             let scale = self.scale(name);
             if scale.is_some() {
                 out = self.g.mul(out, scale);
@@ -299,6 +301,9 @@ impl<'a> Builder<'a> {
     /// A projection with its bias, if there is one.
     pub(super) fn project_biased(&mut self, name: &str, cur: TensorId) -> TensorId {
         let out = self.project(name, cur);
+        if self.g.merges {
+            return out;
+        }
         let bias = self.bias(name);
         if bias.is_some() {
             self.g.add(out, bias)
@@ -404,7 +409,7 @@ impl<'a> Builder<'a> {
             Activation::Gated => self.g.unary(gated),
             Activation::Squared => {
                 let cur = self.g.unary(gated);
-                self.g.unary(cur)
+                self.g.unary_alone(cur)
             }
             Activation::Halves => self.g.glu_halves(gated),
         };
@@ -426,7 +431,7 @@ impl<'a> Builder<'a> {
         }
         let up = self.g.unary(up);
         let gate = self.g.unary(gate);
-        let gate = self.g.unary(gate);
+        let gate = self.g.unary_alone(gate);
         self.g.mul(gate, up)
     }
 

@@ -120,7 +120,7 @@ impl Builder<'_> {
             Gating::SoftmaxOfChosen => logits,
             Gating::SqrtSoftplus => {
                 let soft = self.g.unary(logits);
-                self.g.unary(soft)
+                self.g.unary_alone(soft)
             }
         };
         let bias = ["exp_probs_b.bias", "exp_probs_b.weight", "exp_probs_b"]
@@ -167,7 +167,7 @@ impl Builder<'_> {
         if e.normed {
             weights = self.g.reshape_2d(weights, e.used, n_tokens);
             let sum = self.g.sum_rows(weights);
-            let sum = self.g.unary(sum);
+            let sum = self.g.unary_alone(sum);
             weights = self.g.mul(weights, sum);
             weights = self.g.reshape_3d(weights, 1, e.used, n_tokens);
         }
@@ -262,7 +262,7 @@ impl Builder<'_> {
             ExpertActivation::Usual => self.g.unary(gate),
             ExpertActivation::Squared => {
                 let relu = self.g.unary(gate);
-                self.g.unary(relu)
+                self.g.unary_alone(relu)
             }
             ExpertActivation::Situ => self.situ(gate, up),
         }
@@ -270,9 +270,9 @@ impl Builder<'_> {
 
     /// The activation of Kimi K3, in elementary operations.
     pub(super) fn situ(&mut self, gate: TensorId, mut up: TensorId) -> TensorId {
-        let mut bent = gate;
-        for _ in 0..3 {
-            bent = self.g.unary(bent);
+        let mut bent = self.g.unary(gate);
+        for _ in 1..3 {
+            bent = self.g.unary_alone(bent);
         }
         let open = self.g.unary(gate);
         bent = self.g.mul(bent, open);
@@ -282,8 +282,9 @@ impl Builder<'_> {
             .unwrap_or(0.0)
             > 0.0
         {
-            for _ in 0..3 {
-                up = self.g.unary(up);
+            up = self.g.unary(up);
+            for _ in 1..3 {
+                up = self.g.unary_alone(up);
             }
         }
         self.g.mul(bent, up)

@@ -20,6 +20,8 @@ pub(super) struct Graph {
     pub(super) fused: Vec<(Fused, TensorId, usize)>,
     /// Rounds of layers that stand for more.
     pub(super) repeats: Vec<Repeat>,
+    /// Operations that write over what they alone read are one with what made it: who runs them decides nothing.
+    pub(super) merges: bool,
 }
 
 /// What llama.cpp takes apart everywhere when it would run elsewhere than its layer in one place.
@@ -259,6 +261,31 @@ impl Graph {
     }
 
     // operations that may write over a source
+
+    /// An operation on `a` that may be one with what made it: nothing else reads `a`.
+    fn is_mergeable(&self, a: TensorId) -> bool {
+        let tensor = self.get(a);
+        self.merges && !matches!(tensor.op, Op::Leaf | Op::View) && !tensor.is_view()
+    }
+
+    /// A [`unary`](Self::unary) operation on what nothing else reads.
+    pub(super) fn unary_alone(&mut self, a: TensorId) -> TensorId {
+        if self.is_mergeable(a) {
+            a
+        } else {
+            self.unary(a)
+        }
+    }
+
+    /// [`add`](Self::add) or [`mul`](Self::mul) of a weight to what nothing else reads.
+    pub(super) fn weigh(&mut self, a: TensorId, weight: TensorId) -> TensorId {
+        let is_near = self.get(self.root(weight)).storage == Storage::Weights(0);
+        if is_near && self.is_mergeable(a) {
+            a
+        } else {
+            self.like(Op::InPlace, a, &[a, weight])
+        }
+    }
 
     /// Add, sub, mul, div: the shape of `a`.
     pub(super) fn add(&mut self, a: TensorId, b: TensorId) -> TensorId {

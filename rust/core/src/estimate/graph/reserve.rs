@@ -40,6 +40,8 @@ pub(super) struct Batch<'a> {
     pub(super) cuda: bool,
     /// Fewer layers are built before those that repeat: not where copies between backends lie in a layer.
     pub(super) short_lead: bool,
+    /// Everything but the input runs on one backend: who runs an operation decides nothing.
+    pub(super) one_backend: bool,
     /// Repeating layers are planned one and all: slower, for checks.
     pub(super) every_layer: bool,
     /// Flash attention is given up everywhere should one run elsewhere than its layer.
@@ -81,6 +83,12 @@ impl<'a> Batch<'a> {
                 && options.cpu_moe_layers == CpuMoe::None
                 && layout.devices <= 1
                 && (layout.devices == 0 || layout.layers.iter().all(Option::is_some)),
+            one_backend: layout.devices == 0
+                || (layout.devices == 1
+                    && options.kv_offload
+                    && options.cpu_moe_layers == CpuMoe::None
+                    && layout.output.is_some()
+                    && layout.layers.iter().all(Option::is_some)),
             every_layer: false,
             may_give_up: false,
             given_up: Cell::new(false),

@@ -244,6 +244,7 @@ fn differences(name: &str, facts: &ModelFacts, options: &[EstimateOptions]) -> V
         let may_do_without = options.flash_attention == FlashAttention::Auto;
         let mut each = batch.clone();
         each.every_layer = true;
+        each.one_backend = false;
         let quick = plan(&mut workspace, facts, batch, may_do_without);
         let slow = plan(&mut workspace, facts, each, may_do_without);
         if quick != slow {

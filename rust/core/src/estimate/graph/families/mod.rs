@@ -38,6 +38,7 @@ use crate::model::ModelFacts;
 /// model does not look like one.
 pub(super) fn build(graph: &mut Graph, facts: &ModelFacts, batch: &Batch<'_>) -> Option<bool> {
     graph.clear();
+    graph.merges = batch.one_backend;
     let mut builder = Builder::new(graph, &facts.graph, &facts.hyperparameters, batch);
     if let Some(decoder) = describe::describe(&builder) {
         decoder.build(&mut builder);

@@ -49,14 +49,14 @@ pub(super) fn gate(
     let part = b.g.view_2d(mixes, count, n_tokens, stride);
     let mut gate = affine(b, part, [scale, base]);
     for _ in 0..unaries {
-        gate = b.g.unary(gate);
+        gate = b.g.unary_alone(gate);
     }
     gate
 }
 
 fn affine(b: &mut Builder<'_>, x: TensorId, [scale, base]: [TensorId; 2]) -> TensorId {
     let scaled = b.g.mul(x, scale);
-    b.g.add(scaled, base)
+    b.g.weigh(scaled, base)
 }
 
 /// The gate of the streams' mean at the end: sigmoid and a bias.
