@@ -142,7 +142,7 @@ impl Finder<'_> {
         self.reserve(schedule, &early, round.more);
         self.once.clear();
         for ((node, _), _) in nodes.clone().filter(|(_, when)| **when == When::First) {
-            for source in self.graph.get(*node).sources() {
+            for source in self.graph.reads(*node) {
                 match self.once.iter_mut().find(|(id, _)| *id == source) {
                     Some((_, times)) => *times += 1,
                     None => self.once.push((source, 1)),
@@ -210,7 +210,7 @@ impl Finder<'_> {
             return Some(Vec::new());
         }
         for ((node, _), _) in nodes {
-            for source in self.graph.get(*node).sources() {
+            for source in self.graph.reads(*node) {
                 if let Some((_, times)) = read.iter_mut().find(|(id, _)| *id == source) {
                     *times += 1;
                 }
@@ -287,7 +287,7 @@ impl Finder<'_> {
             if tensor.is_view() && tensor.op != Op::Leaf {
                 self.edit(tensor.view_of, |life| life.views += 1);
             }
-            for source in tensor.sources() {
+            for source in self.graph.reads(node) {
                 self.edit(source, |life| life.readers += 1);
             }
         }
@@ -307,9 +307,8 @@ impl Finder<'_> {
     }
 
     fn step(&mut self, node: TensorId, backend: u8) {
-        let tensor = self.graph.get(node);
         self.allocate(node, backend);
-        for source in tensor.sources() {
+        for source in self.graph.reads(node) {
             let Some(life) = self.lives.get_mut(source.index()) else {
                 continue;
             };

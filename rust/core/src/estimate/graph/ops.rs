@@ -180,26 +180,41 @@ impl Graph {
         if view_of.is_some() { view_of } else { a }
     }
 
+    /// What is read where `a` is: views are no nodes, what reads one reads what it is a view of.
+    #[inline]
+    pub(super) fn viewed(&self, a: TensorId) -> TensorId {
+        let tensor = self.get(a);
+        let [source, ..] = tensor.sources;
+        if tensor.op == Op::View { source } else { a }
+    }
+
+    /// What a node reads, views seen through.
+    #[inline]
+    pub(super) fn reads(&self, node: TensorId) -> impl Iterator<Item = TensorId> + '_ {
+        let sources = self.get(node).sources();
+        sources.map(|source| self.viewed(source))
+    }
+
     // views
 
     /// `ggml_view_4d`; strides `nb` are those of dimensions 1 to 3.
     pub(super) fn view(&mut self, a: TensorId, ne: [i64; 4], nb: [i64; 3]) -> TensorId {
-        let (element, root) = (self.element(a), self.root(a));
+        let (element, root, viewed) = (self.element(a), self.root(a), self.viewed(a));
         let (id, tensor) = self.fresh(Op::View, element, ne);
         let [b1, b2, b3] = nb;
         let [b0, ..] = tensor.nb;
         tensor.nb = [b0, b1, b2, b3];
         tensor.view_of = root;
-        tensor.read(&[a]);
+        tensor.read(&[viewed]);
         id
     }
 
     /// `ggml_view_1d`.
     pub(super) fn view_1d(&mut self, a: TensorId, n: i64) -> TensorId {
-        let (element, root) = (self.element(a), self.root(a));
+        let (element, root, viewed) = (self.element(a), self.root(a), self.viewed(a));
         let (id, tensor) = self.fresh(Op::View, element, [n, 1, 1, 1]);
         tensor.view_of = root;
-        tensor.read(&[a]);
+        tensor.read(&[viewed]);
         id
     }
 
@@ -216,10 +231,10 @@ impl Graph {
     }
 
     pub(super) fn reshape(&mut self, a: TensorId, ne: [i64; 4]) -> TensorId {
-        let (element, root) = (self.element(a), self.root(a));
+        let (element, root, viewed) = (self.element(a), self.root(a), self.viewed(a));
         let (id, tensor) = self.fresh(Op::View, element, ne);
         tensor.view_of = root;
-        tensor.read(&[a]);
+        tensor.read(&[viewed]);
         id
     }
 
@@ -233,7 +248,7 @@ impl Graph {
 
     /// `ggml_permute`: dimension `i` of `a` becomes dimension `axes[i]`.
     pub(super) fn permute(&mut self, a: TensorId, axes: [usize; 4]) -> TensorId {
-        let id = self.over(Op::View, a, &[a]);
+        let id = self.over(Op::View, a, &[self.viewed(a)]);
         let source = self.get(a);
         let (mut ne, mut nb) = (source.ne, source.nb);
         for ((axis, n), b) in axes.into_iter().zip(source.ne).zip(source.nb) {
@@ -247,7 +262,7 @@ impl Graph {
     }
 
     pub(super) fn transpose(&mut self, a: TensorId) -> TensorId {
-        let id = self.over(Op::View, a, &[a]);
+        let id = self.over(Op::View, a, &[self.viewed(a)]);
         let ([n0, n1, n2, n3], [b0, b1, b2, b3]) = (self.ne(a), self.nb(a));
         self.set_layout(id, [n1, n0, n2, n3], [b1, b0, b2, b3]);
         id
@@ -514,10 +529,10 @@ impl Graph {
         for source in sources.into_iter().take(usize::from(count)) {
             self.expand(source);
         }
-        if op == Op::Leaf {
-            self.leaves.push(id);
-        } else {
-            self.nodes.push(id);
+        match op {
+            Op::Leaf => self.leaves.push(id),
+            Op::View => {}
+            _ => self.nodes.push(id),
         }
     }
 }

@@ -131,12 +131,11 @@ impl Schedule {
                 (Some(earlier), _) => (earlier, *id),
                 (None, Some(later)) => (*id, later),
                 (None, None) => {
-                    unpaired.extend(graph.get(*id).sources().filter(|id| made_before(*id)));
+                    unpaired.extend(graph.reads(*id).filter(|id| made_before(*id)));
                     continue;
                 }
             };
-            let sources = graph.get(now).sources();
-            for (before, now) in graph.get(before).sources().zip(sources) {
+            for (before, now) in graph.reads(before).zip(graph.reads(now)) {
                 for (before, now) in [(before, now), (root(before), root(now))] {
                     if self.source_of(before).0 < round.lowest && !pairs.contains(&(before, now)) {
                         pairs.push((before, now));

@@ -45,8 +45,6 @@ pub(super) struct Schedule {
     pub(super) backend_of: Vec<u8>,
     pub(super) copy_of: Vec<TensorId>,
     splits: Vec<Split>,
-    /// The nodes that are no views.
-    scheduled: Vec<TensorId>,
     /// Some node runs elsewhere where devices take over operations on host weights.
     offload_matters: bool,
     /// The backends hold for the next graph to build, too.
@@ -125,7 +123,7 @@ impl Schedule {
                 ..batch.backends()
             },
         );
-        let at_home = fused.all(|(_, id, il)| self.backend(*id) == batch.layer_backend(*il));
+        let at_home = fused.all(|(_, id, il)| self.home(graph, *id) == batch.layer_backend(*il));
         self.assigned = at_home && !self.offload_matters;
         at_home
     }
@@ -157,28 +155,22 @@ impl Schedule {
             all_leaves_known &= backend != UNASSIGNED;
             self.set(*id, backend);
         }
-        let mut scheduled = std::mem::take(&mut self.scheduled);
-        scheduled.clear();
         for id in &graph.nodes {
             let backend = self.preferred(graph, *id, backends);
             self.set(*id, backend);
-            if graph.get(*id).op != Op::View {
-                scheduled.push(*id);
-            }
         }
-        let forward = || scheduled.iter().copied();
+        let forward = || graph.nodes.iter().copied();
         let complete = self.spread(graph, backends, forward(), true)
             || self.spread(graph, backends, forward().rev(), true)
             || self.spread(graph, backends, forward(), false)
             || self.spread(graph, backends, forward().rev(), false);
         if !complete {
-            for id in &scheduled {
+            for id in &graph.nodes {
                 if self.backend(*id) == UNASSIGNED {
                     self.set(*id, self.best_supplied(graph, *id, backends));
                 }
             }
         }
-        self.scheduled = scheduled;
         for id in &graph.nodes {
             if all_leaves_known && self.backend(*id) != UNASSIGNED {
                 continue;
@@ -315,26 +307,18 @@ impl Schedule {
     /// Pass 5: splits, and the copies each needs.
     fn split(&mut self, graph: &mut Graph, backends: Backends) {
         let known = graph.len();
-        let first = graph
-            .nodes
-            .iter()
-            .position(|id| graph.get(*id).op != Op::View)
-            .unwrap_or(0);
-        let backend = graph.nodes.get(first).map_or(0, |id| self.backend(*id));
+        let backend = graph.nodes.first().map_or(0, |id| self.backend(*id));
         let mut current = Split {
             backend,
             start: 0,
             end: 0,
             inputs: Vec::new(),
         };
-        for position in first..graph.nodes.len() {
+        for position in 0..graph.nodes.len() {
             let Some(id) = graph.nodes.get(position).copied() else {
                 break;
             };
             let tensor = graph.get(id);
-            if tensor.op == Op::View {
-                continue;
-            }
             let backend = self.backend(id);
             if backend != current.backend
                 || (!current.inputs.is_empty()
@@ -435,7 +419,7 @@ impl Schedule {
                 let at = self.copy_slot(input, split.backend, known);
                 let copy = self.copy_of.get(at).copied().unwrap_or(TensorId::NONE);
                 let keep = keeper(graph, input);
-                self.nodes.push((keep, self.backend(input)));
+                self.nodes.push((keep, self.home(graph, input)));
                 self.nodes.push((copy, split.backend));
                 if backends.copies > 1 {
                     // the copies of one input were made one after the other
