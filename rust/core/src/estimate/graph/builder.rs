@@ -192,7 +192,7 @@ impl<'a> Builder<'a> {
             cur = self.g.view_2d(cur, self.n_embd, self.n_tokens, stride);
         }
         if self.scales_embeddings() {
-            cur = self.g.unary(cur);
+            cur = self.g.unary_alone(cur);
         }
         self.g.expand(cur);
         cur
@@ -240,18 +240,46 @@ impl<'a> Builder<'a> {
 
     // norms and projections
 
+    #[cfg_attr(test, track_caller)]
     pub(super) fn norm(&mut self, cur: TensorId, name: &str, kind: Norm) -> TensorId {
-        if self.g.merges {
-            return self.norm_with(cur, NONE, NONE, kind);
-        }
-        let (weight, bias) = (self.weight(name), self.bias(name));
-        self.norm_with(cur, weight, bias, kind)
+        let normed = match kind {
+            Norm::Layer => self.g.norm(cur),
+            Norm::Rms => self.g.rms_norm(cur),
+        };
+        self.norm_weights(normed, name)
     }
 
+    #[cfg_attr(test, track_caller)]
     pub(super) fn rms(&mut self, cur: TensorId, name: &str) -> TensorId {
         self.norm(cur, name, Norm::Rms)
     }
 
+    /// The same where nothing else reads `cur`.
+    #[cfg_attr(test, track_caller)]
+    pub(super) fn rms_alone(&mut self, cur: TensorId, name: &str) -> TensorId {
+        let normed = self.g.unary_alone(cur);
+        self.norm_weights(normed, name)
+    }
+
+    /// A norm's weight and bias, where it has them.
+    #[cfg_attr(test, track_caller)]
+    fn norm_weights(&mut self, normed: TensorId, name: &str) -> TensorId {
+        if self.g.merges {
+            return normed;
+        }
+        let (weight, bias) = (self.weight(name), self.bias(name));
+        self.weighed(normed, [weight, bias])
+    }
+
+    #[cfg_attr(test, track_caller)]
+    fn weighed(&mut self, mut cur: TensorId, weights: [TensorId; 2]) -> TensorId {
+        for weight in weights.into_iter().filter(|weight| weight.is_some()) {
+            cur = self.g.weigh(cur, weight);
+        }
+        cur
+    }
+
+    #[cfg_attr(test, track_caller)]
     pub(super) fn norm_with(
         &mut self,
         cur: TensorId,
@@ -259,16 +287,11 @@ impl<'a> Builder<'a> {
         bias: TensorId,
         kind: Norm,
     ) -> TensorId {
-        let mut cur = match kind {
+        let normed = match kind {
             Norm::Layer => self.g.norm(cur),
             Norm::Rms => self.g.rms_norm(cur),
         };
-        for weight in [weight, bias] {
-            if weight.is_some() {
-                cur = self.g.weigh(cur, weight);
-            }
-        }
-        cur
+        self.weighed(normed, [weight, bias])
     }
 
     pub(super) fn output_norm(&mut self, cur: TensorId, kind: Norm) -> TensorId {
@@ -280,13 +303,14 @@ impl<'a> Builder<'a> {
     }
 
     /// `build_lora_mm`: a projection and, where the model has one, its scale.
+    #[cfg_attr(test, track_caller)]
     pub(super) fn project(&mut self, name: &str, cur: TensorId) -> TensorId {
         let weight = self.weight(name);
         let mut out = self.g.mul_mat(weight, cur);
         if !self.g.merges && self.applies_scale(name) {
             let scale = self.scale(name);
             if scale.is_some() {
-                out = self.g.mul(out, scale);
+                out = self.g.weigh(out, scale);
             }
         }
         out
@@ -299,17 +323,14 @@ impl<'a> Builder<'a> {
     }
 
     /// A projection with its bias, if there is one.
+    #[cfg_attr(test, track_caller)]
     pub(super) fn project_biased(&mut self, name: &str, cur: TensorId) -> TensorId {
         let out = self.project(name, cur);
         if self.g.merges {
             return out;
         }
         let bias = self.bias(name);
-        if bias.is_some() {
-            self.g.add(out, bias)
-        } else {
-            out
-        }
+        self.weighed(out, [bias, NONE])
     }
 
     /// A rotation; none without positions.
@@ -341,7 +362,7 @@ impl<'a> Builder<'a> {
         if self.has("attn_qkv") {
             let mut qkv = self.project_biased("attn_qkv", cur);
             if clamps {
-                qkv = self.g.unary(qkv);
+                qkv = self.g.unary_alone(qkv);
             }
             let stride = self.g.nb(qkv)[1];
             return [q, k, v].map(|[length, heads]| {
@@ -352,7 +373,7 @@ impl<'a> Builder<'a> {
         let mut parts = [("attn_q", q), ("attn_k", k), ("attn_v", v)].map(|(name, shape)| {
             let mut part = self.project_biased(name, cur);
             if clamps {
-                part = self.g.unary(part);
+                part = self.g.unary_alone(part);
             }
             (part, shape)
         });
@@ -429,8 +450,8 @@ impl<'a> Builder<'a> {
         if !self.clamps(clamp, self.il) {
             return self.g.glu(gate, up);
         }
-        let up = self.g.unary(up);
-        let gate = self.g.unary(gate);
+        let up = self.g.unary_alone(up);
+        let gate = self.g.unary_alone(gate);
         let gate = self.g.unary_alone(gate);
         self.g.mul(gate, up)
     }
@@ -457,7 +478,7 @@ impl<'a> Builder<'a> {
     pub(super) fn finish_with(&mut self, cur: TensorId, unaries: u8) {
         let mut out = self.logits(cur);
         for _ in 0..unaries {
-            out = self.g.unary(out);
+            out = self.g.unary_alone(out);
         }
         self.g.set_output(out);
         self.g.expand(out);

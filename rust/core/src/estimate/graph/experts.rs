@@ -161,7 +161,7 @@ impl Builder<'_> {
         let mut weights = self.g.get_rows(probs, chosen);
         if e.gating == Gating::SoftmaxOfChosen {
             weights = self.g.reshape_2d(weights, e.used, n_tokens);
-            weights = self.g.unary(weights);
+            weights = self.g.unary_alone(weights);
             weights = self.g.reshape_3d(weights, 1, e.used, n_tokens);
         }
         if e.normed {
@@ -172,7 +172,7 @@ impl Builder<'_> {
             weights = self.g.reshape_3d(weights, 1, e.used, n_tokens);
         }
         if e.scaled {
-            weights = self.g.unary(weights);
+            weights = self.g.unary_alone(weights);
         }
         self.g.expand(weights);
         let mut cur = self.g.reshape_3d(cur, n_embd, 1, n_tokens);
@@ -282,7 +282,7 @@ impl Builder<'_> {
             .unwrap_or(0.0)
             > 0.0
         {
-            up = self.g.unary(up);
+            up = self.g.unary_alone(up);
             for _ in 1..3 {
                 up = self.g.unary_alone(up);
             }

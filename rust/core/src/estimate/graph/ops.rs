@@ -22,6 +22,9 @@ pub(super) struct Graph {
     pub(super) repeats: Vec<Repeat>,
     /// Operations that write over what they alone read are one with what made it: who runs them decides nothing.
     pub(super) merges: bool,
+    /// Those that are not.
+    #[cfg(test)]
+    pub(super) alone: Vec<(TensorId, &'static std::panic::Location<'static>)>,
 }
 
 /// What llama.cpp takes apart everywhere when it would run elsewhere than its layer in one place.
@@ -53,6 +56,8 @@ impl Graph {
         self.marks.clear();
         self.repeats.clear();
         self.fused.clear();
+        #[cfg(test)]
+        self.alone.clear();
     }
 
     /// Notes that a layer begins.
@@ -277,28 +282,33 @@ impl Graph {
 
     // operations that may write over a source
 
-    /// An operation on `a` that may be one with what made it: nothing else reads `a`.
-    fn is_mergeable(&self, a: TensorId) -> bool {
+    /// An operation on `a`, which nothing else reads, that needs no place of its own: it is one with what made `a` where that decides
+    /// nothing else.
+    #[cfg_attr(test, track_caller)]
+    fn alone(&mut self, a: TensorId, sources: &[TensorId]) -> TensorId {
         let tensor = self.get(a);
-        self.merges && !matches!(tensor.op, Op::Leaf | Op::View) && !tensor.is_view()
+        if self.merges && !matches!(tensor.op, Op::Leaf | Op::View) && !tensor.is_view() {
+            return a;
+        }
+        let id = self.like(Op::InPlace, a, sources);
+        #[cfg(test)]
+        self.alone.push((id, std::panic::Location::caller()));
+        id
     }
 
-    /// A [`unary`](Self::unary) operation on what nothing else reads.
+    /// [`unary`](Self::unary), or [`rms_norm`](Self::rms_norm), of what nothing else reads.
+    #[cfg_attr(test, track_caller)]
     pub(super) fn unary_alone(&mut self, a: TensorId) -> TensorId {
-        if self.is_mergeable(a) {
-            a
-        } else {
-            self.unary(a)
-        }
+        self.alone(a, &[a])
     }
 
     /// [`add`](Self::add) or [`mul`](Self::mul) of a weight to what nothing else reads.
+    #[cfg_attr(test, track_caller)]
     pub(super) fn weigh(&mut self, a: TensorId, weight: TensorId) -> TensorId {
-        let is_near = self.get(self.root(weight)).storage == Storage::Weights(0);
-        if is_near && self.is_mergeable(a) {
-            a
+        if self.get(self.root(weight)).storage == Storage::Weights(0) {
+            self.alone(a, &[a, weight])
         } else {
-            self.like(Op::InPlace, a, &[a, weight])
+            self.add(a, weight)
         }
     }
 

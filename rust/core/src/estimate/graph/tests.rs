@@ -11,8 +11,8 @@ use super::buffer::Buffer;
 use super::ops::Graph;
 use super::repeats::{LEADING_LAYERS, representatives};
 use super::reserve::Batch;
-use super::tensor::Op;
-use super::{Workspace, plan};
+use super::tensor::{Op, TensorId};
+use super::{Workspace, families, plan};
 use crate::estimate::{Backend, CpuMoe, EstimateOptions, FlashAttention, Layout};
 use crate::gguf::{GgmlType, Header, parse};
 use crate::model::ModelFacts;
@@ -270,6 +270,62 @@ fn repeated_layers_cost_what_they_cost_one_by_one() {
         wrong.extend(differences(&format!("{name}, {DEEP} layers"), &deep, &some));
     }
     assert!(wrong.is_empty(), "{}: {}", wrong.len(), wrong.join("\n"));
+}
+
+/// Operations that are built as what nothing else shares their source with, of all carried models.
+#[test]
+fn what_is_merged_is_read_by_nothing_else() {
+    let mut workspace = Workspace::default();
+    let mut seen = 0;
+    let mut bad = std::collections::BTreeSet::new();
+    for (_, facts) in carried_models() {
+        for options in options(&facts).into_iter().step_by(3) {
+            let Ok(resolved) = options.resolve(&facts) else {
+                continue;
+            };
+            let layout = Layout::new(facts.layer_count(), &options);
+            let mut batch = Batch::new(&options, &resolved, &layout);
+            batch.one_backend = false;
+            families::build(&mut workspace.graph, &facts, &batch);
+            let graph = &workspace.graph;
+            let reads = |id: TensorId| {
+                graph
+                    .nodes
+                    .iter()
+                    .flat_map(|node| graph.reads(*node))
+                    .filter(|read| *read == id)
+                    .count()
+            };
+            for (id, at) in &graph.alone {
+                let [source, ..] = graph.get(*id).sources;
+                let made = graph.get(source);
+                if !graph.nodes.contains(id)
+                    || matches!(made.op, Op::Leaf | Op::View)
+                    || made.is_view()
+                {
+                    continue; // such are never merged
+                }
+                let r = reads(source);
+                if r != 1
+                    || made.is_output
+                    || !graph.get(*id).same_layout(made)
+                    || graph
+                        .nodes
+                        .iter()
+                        .any(|node| graph.get(*node).view_of == source)
+                {
+                    bad.insert(format!(
+                        "{at} {r} {} {}",
+                        made.is_output,
+                        graph.get(*id).same_layout(made)
+                    ));
+                }
+                seen += 1;
+            }
+        }
+    }
+    assert!(bad.is_empty(), "{bad:#?}");
+    assert!(seen > 10_000, "{seen}");
 }
 
 #[test]

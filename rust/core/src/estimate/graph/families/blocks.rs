@@ -135,8 +135,8 @@ fn attend(
     let keys = b.matmul("indexer.k_proj", normed);
     let queries = b.g.reshape_3d(queries, s.length, s.heads, n_tokens);
     let keys = b.g.reshape_3d(keys, s.length, 1, n_tokens);
-    let queries = b.rms(queries, "indexer.q_norm");
-    let keys = b.rms(keys, "indexer.k_norm");
+    let queries = b.rms_alone(queries, "indexer.q_norm");
+    let keys = b.rms_alone(keys, "indexer.k_norm");
     let queries = b.rope(queries, positions);
     let keys = b.rope(keys, positions);
     let (il, cells, streams) = (b.layer(), s.cache.cells, b.batch.streams);
@@ -259,7 +259,7 @@ fn gathered(
     let best = b.g.top_k(biased, s.picked);
 
     let best = b.g.cast(best, GgmlType::F32);
-    let best = b.g.unary(best);
+    let best = b.g.unary_alone(best);
     let best = b.g.reshape(best, [1, s.picked, s.heads, streams]);
     let best = b.g.repeat(best, [s.block, s.picked, s.heads, streams]);
     let counted = |b: &mut Builder<'_>, base: TensorId, shape: [i64; 3]| {
@@ -275,7 +275,7 @@ fn gathered(
     let table = b.g.reshape_3d(s.blocks_of_cells, 1, s.positions, streams);
     let found = b.g.get_rows(table, of_positions);
     let found = b.g.reshape(found, [s.block, s.picked, s.heads, streams]);
-    let found = b.g.unary(found);
+    let found = b.g.unary_alone(found);
     let of_rows = counted(b, found, [1, 1, kv_heads]);
     let [k, v] = [k, v].map(|part| {
         let (element, [length, ..], [_, b1, _, b3]) =

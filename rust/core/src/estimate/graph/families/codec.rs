@@ -40,7 +40,7 @@ pub(super) fn wavtokenizer(b: &mut Builder<'_>) {
     let head = b.output_weight("output.weight");
     cur = b.g.mul_mat(head, cur);
     let bias = b.output_weight("output.bias");
-    cur = b.g.add(cur, bias);
+    cur = b.g.weigh(cur, bias);
     b.finish_embeddings(cur);
 }
 
@@ -89,7 +89,7 @@ fn group_normed(b: &mut Builder<'_>, name: &str, cur: TensorId) -> TensorId {
     let cur = b.g.norm(cur);
     let cur = b.g.reshape_2d(cur, length, channels);
     let [weight, bias] = pair(b, name);
-    let cur = b.g.mul(cur, weight);
+    let cur = b.g.weigh(cur, weight);
     b.g.add(cur, bias)
 }
 
@@ -124,16 +124,16 @@ fn block(b: &mut Builder<'_>, at: &str, input: TensorId) -> TensorId {
     let patches = patches(b, kernel, apart);
     let cur = b.g.mul_mat(patches, kernel);
     let cur = b.g.reshape_3d(cur, length, channels, 1);
-    let cur = b.g.add(cur, bias);
+    let cur = b.g.weigh(cur, bias);
     let cur = turned(b, cur);
     let [weight, bias] = pair(b, &format!("{at}.norm"));
     let mut cur = b.norm_with(cur, weight, bias, Norm::Layer);
     for name in ["pw1", "pw2"] {
         let [weight, bias] = pair(b, &format!("{at}.{name}"));
         cur = b.g.mul_mat(weight, cur);
-        cur = b.g.add(cur, bias);
+        cur = b.g.weigh(cur, bias);
         if name == "pw1" {
-            cur = b.g.unary(cur);
+            cur = b.g.unary_alone(cur);
         }
     }
     let gamma = b.layer_shared(&format!("{at}.gamma.weight"));

@@ -1,10 +1,35 @@
 //! Compressors of `DeepSeek` V4: of every so many positions one key is made, across batches (`deepseek4.cpp`;
 //! `llama-kv-cache-dsv4.cpp`, `dsv4_build_reserve_comp_plan`).
 
-use super::super::builder::{Builder, Norm};
+use super::super::builder::Builder;
 use super::super::tensor::{Storage, TensorId};
 use super::deepseek4::PICKED_RATIO;
 use crate::gguf::GgmlType;
+
+/// The weights of a compressor.
+#[derive(Clone, Copy)]
+pub(super) struct Names {
+    values: &'static str,
+    gate: &'static str,
+    places: &'static str,
+    norm: &'static str,
+}
+
+/// Of attention's.
+pub(super) const ATTENTION: Names = Names {
+    values: "attn_compressor_kv",
+    gate: "attn_compressor_gate",
+    places: "attn_compressor_ape",
+    norm: "attn_compressor_norm",
+};
+
+/// Of the indexer's.
+pub(super) const INDEXER: Names = Names {
+    values: "indexer_compressor_kv",
+    gate: "indexer_compressor_gate",
+    places: "indexer_compressor_ape",
+    norm: "indexer_compressor_norm",
+};
 
 /// The inputs of one kind of compressor.
 #[derive(Clone, Copy)]
@@ -62,7 +87,7 @@ impl Compressor {
         self,
         b: &mut Builder<'_>,
         source: Source,
-        name: &str,
+        names: Names,
         length: i64,
     ) -> TensorId {
         let parts = source.all.map(|part| {
@@ -81,12 +106,12 @@ impl Compressor {
             let turned = b.g.permute(part, [1, 0, 2, 3]);
             b.g.cont(turned)
         });
-        let shares = b.g.unary(scores);
+        let shares = b.g.unary_alone(scores);
         let sum = b.g.mul(values, shares);
         let sum = b.g.sum_rows(sum);
         let sum = b.g.permute(sum, [1, 0, 2, 3]);
         let sum = b.g.cont(sum);
-        let normed = b.norm(sum, &format!("{name}_norm"), Norm::Rms);
+        let normed = b.rms_alone(sum, names.norm);
         b.rope(normed, self.positions)
     }
 
@@ -115,12 +140,9 @@ impl Compressor {
 }
 
 impl Source {
-    pub(super) fn of(b: &mut Builder<'_>, normed: TensorId, c: Compressor, name: &str) -> Self {
-        let [values, scores] = ["kv", "gate"].map(|part| {
-            let weight = b.weight(&format!("{name}_{part}"));
-            b.g.mul_mat(weight, normed)
-        });
-        let places = b.weight(&format!("{name}_ape"));
+    pub(super) fn of(b: &mut Builder<'_>, normed: TensorId, c: Compressor, names: Names) -> Self {
+        let [values, scores] = [names.values, names.gate].map(|name| b.matmul(name, normed));
+        let places = b.weight(names.places);
         let places = b.g.get_rows(places, c.places);
         let scores = b.g.add(scores, places);
         let batch = [values, scores];
@@ -148,7 +170,7 @@ impl Source {
 fn with_empty_row(b: &mut Builder<'_>, rows: TensorId) -> TensorId {
     let width = b.g.ne(rows)[0];
     let row = b.g.view_1d(rows, width);
-    let row = b.g.unary(row);
+    let row = b.g.unary_alone(row);
     let row = b.g.reshape_2d(row, width, 1);
     b.g.concat(rows, row, 1)
 }

@@ -355,7 +355,7 @@ impl Decoder {
             attention = self.named_norm(b, attention, self.after_attention);
         }
         if self.scales_residuals {
-            attention = b.g.unary(attention);
+            attention = b.g.unary_alone(attention);
         }
         self.combine(b, attention, branch)
     }
@@ -391,8 +391,8 @@ impl Decoder {
         match self.head_norms {
             HeadNorms::After(norm) => [q, k] = normed_heads(b, [q, k], norm),
             HeadNorms::AfterAlways if rotates => {
-                q = b.rms(q, "attn_q_norm");
-                k = b.rms(k, "attn_k_norm");
+                q = b.rms_alone(q, "attn_q_norm");
+                k = b.rms_alone(k, "attn_k_norm");
             }
             _ => {}
         }
@@ -402,7 +402,7 @@ impl Decoder {
             q = b.g.mul(q, shared.temperature);
         }
         if self.scales_queries {
-            q = b.g.unary(q);
+            q = b.g.unary_alone(q);
         }
         let sinks = b.weight("attn_sinks");
         if self.part == Part::InnerNorms {
@@ -411,7 +411,7 @@ impl Decoder {
                 ..Extras::default()
             };
             let cur = b.attend(shared.attention, [q, k, v], extras);
-            let cur = b.rms(cur, "attn_sub_norm");
+            let cur = b.rms_alone(cur, "attn_sub_norm");
             return b.project_biased("attn_output", cur);
         }
         if b.has("attn_gate") {
@@ -486,7 +486,7 @@ impl Decoder {
                 let mut cur = self.feed_forward(b, source, branch);
                 cur = self.named_norm(b, cur, self.after_ffn);
                 if self.scales_residuals {
-                    cur = b.g.unary(cur);
+                    cur = b.g.unary_alone(cur);
                 }
                 cur = if self.order == Order::ResidualFirst {
                     b.g.add(middle, cur)
@@ -536,7 +536,7 @@ impl Decoder {
     fn feed_forward(self, b: &mut Builder<'_>, cur: TensorId, branch: Branch) -> TensorId {
         if self.part == Part::InnerNorms {
             let cur = b.ffn_named(cur, ["ffn_up", "ffn_gate", ""], self.activation);
-            let cur = b.rms(cur, "ffn_sub_norm");
+            let cur = b.rms_alone(cur, "ffn_sub_norm");
             return b.project("ffn_down", cur);
         }
         let step = b.number("interleave_moe_layer_step", 1).max(1);
@@ -640,7 +640,7 @@ fn normed_heads(b: &mut Builder<'_>, [q, k]: [TensorId; 2], norm: Norm) -> [Tens
 /// A sigmoid gate on what attention gives.
 fn gated(b: &mut Builder<'_>, cur: TensorId, normed: TensorId) -> TensorId {
     let gate = b.project("attn_gate", normed);
-    let gate = b.g.unary(gate);
+    let gate = b.g.unary_alone(gate);
     let per_head = b.g.ne(gate)[0] == b.heads() && b.value_length() > 1;
     let cur = if per_head {
         let (length, heads) = (b.value_length(), b.heads());

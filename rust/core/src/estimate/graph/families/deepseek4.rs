@@ -5,7 +5,7 @@ use super::super::attention::Extras;
 use super::super::builder::{Activation, Builder, NONE, Norm};
 use super::super::experts::Gating;
 use super::super::tensor::{Op, Storage, TensorId};
-use super::compressor::{Compressor, Source};
+use super::compressor::{self, Compressor, Names, Source};
 use super::streams;
 use crate::gguf::GgmlType;
 
@@ -118,11 +118,11 @@ pub(super) fn deepseek4(b: &mut Builder<'_>) {
     let hashed = hashed_layers(b);
     for il in b.layers_by(|il| u64::from(ratio(il)) * 2 + u64::from(il < hashed)) {
         b.enter(il);
-        let mixed = streams::before(b, cur, "hc_attn");
+        let mixed = streams::before(b, cur, streams::ATTENTION);
         let normed = b.rms(mixed.cur, "attn_norm");
         let attended = attention(b, normed, &inputs, ratio(il));
         let middle = streams::after(b, attended, cur, mixed);
-        let mixed = streams::before(b, middle, "hc_ffn");
+        let mixed = streams::before(b, middle, streams::FEED_FORWARD);
         for part in [middle, mixed.post, mixed.comb] {
             b.g.expand(part);
         }
@@ -163,24 +163,24 @@ fn feed_forward(b: &mut Builder<'_>, normed: TensorId) -> TensorId {
 fn attention(b: &mut Builder<'_>, normed: TensorId, i: &Inputs, ratio: u32) -> TensorId {
     let (length, heads, n_tokens) = (b.key_length(), b.heads(), b.n_tokens);
     let low = b.matmul("attn_q_a", normed);
-    let low = b.rms(low, "attn_q_a_norm");
+    let low = b.rms_alone(low, "attn_q_a_norm");
     let q = b.matmul("attn_q_b", low);
     let q = b.g.reshape_3d(q, length, heads, n_tokens);
     let q = b.g.rms_norm(q);
     let q = b.rope(q, i.positions);
     let k = b.matmul("attn_kv", normed);
-    let k = b.rms(k, "attn_kv_a_norm");
+    let k = b.rms_alone(k, "attn_kv_a_norm");
     let k = b.g.reshape_3d(k, length, 1, n_tokens);
     let k = b.rope(k, i.positions);
     let out = match ratio {
         PICKED_RATIO => {
-            compress(b, normed, i.picked, i.picked_cache, "attn_compressor");
-            compress(b, normed, i.indexer, i.indexer_cache, "indexer_compressor");
+            compress(b, normed, i.picked, i.picked_cache, compressor::ATTENTION);
+            compress(b, normed, i.indexer, i.indexer_cache, compressor::INDEXER);
             let best = pick(b, normed, low, i);
             attend(b, [q, k], i, Some(i.picked_cache), best)
         }
         HEAVY_RATIO => {
-            compress(b, normed, i.heavy, i.heavy_cache, "attn_compressor");
+            compress(b, normed, i.heavy, i.heavy_cache, compressor::ATTENTION);
             attend(b, [q, k], i, Some(i.heavy_cache), NONE)
         }
         _ => attend(b, [q, k], i, None, NONE),
@@ -208,15 +208,9 @@ fn output(b: &mut Builder<'_>, out: TensorId) -> TensorId {
 }
 
 /// The compressor's state takes the batch in, and the cache what it gives.
-fn compress(
-    b: &mut Builder<'_>,
-    normed: TensorId,
-    c: Compressor,
-    cache: Cache,
-    name: &'static str,
-) {
-    let source = Source::of(b, normed, c, name);
-    let compressed = c.compressed(b, source, name, cache.length);
+fn compress(b: &mut Builder<'_>, normed: TensorId, c: Compressor, cache: Cache, names: Names) {
+    let source = Source::of(b, normed, c, names);
+    let compressed = c.compressed(b, source, names, cache.length);
     let compressed = cache.turned(b, compressed);
     let keys = cache.keys(b);
     b.store_rows(keys, compressed, c.rows);
@@ -233,7 +227,7 @@ fn pick(b: &mut Builder<'_>, normed: TensorId, low: TensorId, i: &Inputs) -> Ten
     let q = b.rope(q, i.positions);
     let q = cache.turned(b, q);
     let weights = b.matmul("indexer.proj", normed);
-    let weights = b.g.unary(weights);
+    let weights = b.g.unary_alone(weights);
     let keys = cache.keys(b);
     let k = b.read_rows(keys, cache.length, 1);
     let [q, weights] = super::sparse::per_stream(b, [q, weights], slots);

@@ -90,9 +90,9 @@ fn gated_attention(b: &mut Builder<'_>, inputs: Inputs, normed: TensorId) -> Ten
             ),
         )
     };
-    let q = b.rms(q, "attn_q_norm");
+    let q = b.rms_alone(q, "attn_q_norm");
     let k = b.g.reshape_3d(k, length, kv_heads, n_tokens);
-    let k = b.rms(k, "attn_k_norm");
+    let k = b.rms_alone(k, "attn_k_norm");
     let v = b.g.reshape_3d(v, length, kv_heads, n_tokens);
     let q = b.rope(q, inputs.positions);
     let k = b.rope(k, inputs.positions);
@@ -105,7 +105,7 @@ fn gated_attention(b: &mut Builder<'_>, inputs: Inputs, normed: TensorId) -> Ten
         },
     );
     let gate = b.g.cont_as(gate, [length * heads, n_tokens, 1, 1]);
-    let gate = b.g.unary(gate);
+    let gate = b.g.unary_alone(gate);
     let cur = b.g.mul(cur, gate);
     b.project("attn_output", cur)
 }
@@ -149,7 +149,7 @@ fn rates(b: &mut Builder<'_>, cur: TensorId, s: Sizes) -> [TensorId; 2] {
             b.g.view(both, [share, s.key_heads, s.tokens, s.seqs], [b1, b2, b3])
         });
         let beta = b.g.cont(beta);
-        let beta = b.g.unary(beta);
+        let beta = b.g.unary_alone(beta);
         let alpha = b.g.cont_as(alpha, [s.value_heads, s.tokens, s.seqs, 1]);
         (
             b.g.reshape(beta, [1, s.value_heads, s.tokens, s.seqs]),
@@ -158,13 +158,13 @@ fn rates(b: &mut Builder<'_>, cur: TensorId, s: Sizes) -> [TensorId; 2] {
     } else {
         let beta = b.project("ssm_beta", cur);
         let beta = b.g.reshape(beta, [1, s.value_heads, s.tokens, s.seqs]);
-        let beta = b.g.unary(beta);
+        let beta = b.g.unary_alone(beta);
         let alpha = b.project("ssm_alpha", cur);
         (beta, b.g.reshape_3d(alpha, s.value_heads, s.tokens, s.seqs))
     };
     let bias = b.bias("ssm_dt");
-    let alpha = b.g.add(alpha, bias);
-    let alpha = b.g.unary(alpha);
+    let alpha = b.g.weigh(alpha, bias);
+    let alpha = b.g.unary_alone(alpha);
     let decay = b.exact("ssm_a");
     let gate = b.g.mul(alpha, decay);
     [
@@ -184,7 +184,7 @@ pub(super) fn linear(b: &mut Builder<'_>, input: StateInput, cur: TensorId) -> T
     let state =
         b.g.reshape(state, [s.value(), s.value(), s.value_heads, s.seqs]);
     let convolved = b.g.ssm_conv(joined, kernel);
-    let convolved = b.g.unary(convolved);
+    let convolved = b.g.unary_alone(convolved);
     let row = (2 * s.key * s.key_heads + s.value() * s.value_heads) * 4;
     let parts = [
         (s.key, s.key_heads),
@@ -200,7 +200,7 @@ pub(super) fn linear(b: &mut Builder<'_>, input: StateInput, cur: TensorId) -> T
     });
     let [q, k] = [q, k].map(|part| {
         let part = b.g.rms_norm(part);
-        let part = b.g.unary(part);
+        let part = b.g.unary_alone(part);
         if s.key_heads == s.value_heads || b.model.architecture() != "qwen3next" {
             return part;
         }
@@ -214,7 +214,7 @@ pub(super) fn linear(b: &mut Builder<'_>, input: StateInput, cur: TensorId) -> T
     let out = delta(b, [q, k, v, gate, beta, state], states);
     let normed = b.rms(out, "ssm_norm");
     let z = b.g.reshape(z, [s.value(), s.value_heads, s.tokens, s.seqs]);
-    let z = b.g.unary(z);
+    let z = b.g.unary_alone(z);
     let cur = b.g.mul(normed, z);
     let cur =
         b.g.reshape_3d(cur, s.value() * s.value_heads, s.tokens, s.seqs);
@@ -300,7 +300,7 @@ pub(super) fn feed_forward(b: &mut Builder<'_>, normed: TensorId) -> TensorId {
         Activation::Gated,
     );
     let gate = b.project("ffn_gate_inp_shexp", normed);
-    let gate = b.g.unary(gate);
+    let gate = b.g.unary_alone(gate);
     let shared = b.g.mul(shared, gate);
     b.g.add(mixed, shared)
 }

@@ -28,7 +28,7 @@ pub(super) fn eagle(b: &mut Builder<'_>) {
     let positions = b.positions();
     let attention = b.attention_input();
     b.enter(0);
-    let embedded = b.rms(embedded, "attn_norm");
+    let embedded = b.rms_alone(embedded, "attn_norm");
     let normed = b.rms(hidden, "attn_norm_2");
     let residual = if b.model.flag("norm_before_residual") {
         normed
@@ -58,7 +58,7 @@ pub(super) fn dflash(b: &mut Builder<'_>) {
     let table = b.input_weight("token_embd.weight");
     let mut cur = b.g.get_rows(table, tokens);
     if b.model.float("embedding_scale").unwrap_or(0.0) != 0.0 {
-        cur = b.g.unary(cur);
+        cur = b.g.unary_alone(cur);
     }
     let scales = b.model.float("attention.value_scale").unwrap_or(0.0) != 0.0;
     for il in b.layers() {
@@ -71,21 +71,21 @@ pub(super) fn dflash(b: &mut Builder<'_>) {
         };
         let mut attended = b.attend(attention, heads, extras);
         if scales {
-            attended = b.g.unary(attended);
+            attended = b.g.unary_alone(attended);
         }
         if b.has("post_attention_norm") {
-            attended = b.rms(attended, "post_attention_norm");
+            attended = b.rms_alone(attended, "post_attention_norm");
         }
         let middle = b.g.add(attended, cur);
         let normed = b.rms(middle, "ffn_norm");
         let mut fed = b.ffn(normed, Activation::Gated);
         if b.has("post_ffw_norm") {
-            fed = b.rms(fed, "post_ffw_norm");
+            fed = b.rms_alone(fed, "post_ffw_norm");
         }
         cur = b.g.add(fed, middle);
         let scale = b.weight("layer_output_scale");
         if scale.is_some() {
-            cur = b.g.mul(cur, scale);
+            cur = b.g.weigh(cur, scale);
         }
     }
     let cur = b.output_norm(cur, Norm::Rms);
@@ -106,8 +106,8 @@ fn heads(b: &mut Builder<'_>, normed: TensorId, positions: TensorId) -> [TensorI
     };
     let q = b.g.reshape_3d(q, length, heads, n_tokens);
     let [k, mut v] = [k, v].map(|part| b.g.reshape_3d(part, length, kv_heads, n_tokens));
-    let q = b.rms(q, "attn_q_norm");
-    let k = b.rms(k, "attn_k_norm");
+    let q = b.rms_alone(q, "attn_q_norm");
+    let k = b.rms_alone(k, "attn_k_norm");
     if shares {
         v = b.g.rms_norm(v);
     }

@@ -16,16 +16,16 @@ fn layer_inputs(b: &mut Builder<'_>, embedded: TensorId) -> TensorId {
     let width = b.g.ne(table)[0] / layers.max(1);
     let own = b.g.get_rows(table, tokens);
     let own = b.g.reshape_3d(own, width, layers, n_tokens);
-    let own = b.g.unary(own);
+    let own = b.g.unary_alone(own);
     b.g.expand(own);
     let weight = b.first_weight("per_layer_model_proj.weight");
     let projected = b.g.mul_mat(weight, embedded);
-    let projected = b.g.unary(projected);
+    let projected = b.g.unary_alone(projected);
     let projected = b.g.reshape_3d(projected, width, layers, n_tokens);
     let weight = b.first_weight("per_layer_proj_norm.weight");
     let projected = b.norm_with(projected, weight, NONE, Norm::Rms);
     let sum = b.g.add(projected, own);
-    let sum = b.g.unary(sum);
+    let sum = b.g.unary_alone(sum);
     let turned = b.g.permute(sum, [0, 2, 1, 3]);
     b.g.cont(turned)
 }
@@ -67,7 +67,7 @@ fn attend(
         b.g.reshape_3d(flat, length, heads, n_tokens)
     };
     let q = part(b, "attn_q", heads);
-    let q = b.rms(q, "attn_q_norm");
+    let q = b.rms_alone(q, "attn_q_norm");
     let q = b.g.rope(q, positions, factors);
     let cache_layer = cache_layer(b);
     if cache_layer.is_some() {
@@ -86,7 +86,7 @@ fn attend(
     } else {
         k
     };
-    let k = b.rms(k, "attn_k_norm");
+    let k = b.rms_alone(k, "attn_k_norm");
     let v = b.g.rms_norm(v);
     let k = b.g.rope(k, positions, factors);
     b.attend(input, [q, k, v], Extras::default())
@@ -99,7 +99,7 @@ fn capped(b: &Builder<'_>) -> u8 {
 
 pub(super) fn gemma4(b: &mut Builder<'_>) {
     let cur = b.embeddings();
-    let mut cur = b.g.unary(cur);
+    let mut cur = b.g.unary_alone(cur);
     let positions = b.positions();
     let attention = b.attention_input();
     let outputs = b.output_ids();
@@ -118,7 +118,7 @@ pub(super) fn gemma4(b: &mut Builder<'_>) {
             b.layer_shared("rope_freqs.weight")
         };
         let attended = attend(b, attention, normed, positions, factors);
-        let attended = b.rms(attended, "post_attention_norm");
+        let attended = b.rms_alone(attended, "post_attention_norm");
         let middle = b.g.add(attended, cur);
         let fed = if b.has("ffn_gate_inp") {
             experts_beside_dense(b, middle)
@@ -126,20 +126,20 @@ pub(super) fn gemma4(b: &mut Builder<'_>) {
             let normed = b.rms(middle, "ffn_norm");
             b.ffn(normed, Activation::Gated)
         };
-        let fed = b.rms(fed, "post_ffw_norm");
+        let fed = b.rms_alone(fed, "post_ffw_norm");
         cur = b.g.add(fed, middle);
         if inputs.is_some() {
             let gate = b.matmul("inp_gate", cur);
-            let gate = b.g.unary(gate);
+            let gate = b.g.unary_alone(gate);
             let own = slice(b, inputs);
             let gate = b.g.mul(gate, own);
             let added = b.matmul("proj", gate);
-            let added = b.rms(added, "post_norm");
+            let added = b.rms_alone(added, "post_norm");
             cur = b.g.add(cur, added);
         }
         let scale = b.weight("layer_output_scale");
         if scale.is_some() {
-            cur = b.g.mul(cur, scale);
+            cur = b.g.weigh(cur, scale);
         }
     }
     let cur = b.output_norm(cur, Norm::Rms);
@@ -153,12 +153,12 @@ pub(super) fn gemma4(b: &mut Builder<'_>) {
 fn experts_beside_dense(b: &mut Builder<'_>, middle: TensorId) -> TensorId {
     let normed = b.rms(middle, "ffn_norm");
     let dense = b.ffn(normed, Activation::Gated);
-    let dense = b.rms(dense, "post_ffw_norm_1");
+    let dense = b.rms_alone(dense, "post_ffw_norm_1");
     let normed = b.rms(middle, "pre_ffw_norm_2");
     let router = b.g.rms_norm(middle);
-    let router = b.g.unary(router);
+    let router = b.g.unary_alone(router);
     let scale = b.scale("ffn_gate_inp");
-    let router = b.g.mul(router, scale);
+    let router = b.g.weigh(router, scale);
     let logits = b.matmul("ffn_gate_inp", router);
     let experts = b.experts(Gating::Probabilities, true);
     let mixed = b.mixture(
@@ -169,7 +169,7 @@ fn experts_beside_dense(b: &mut Builder<'_>, middle: TensorId) -> TensorId {
             ..experts
         },
     );
-    let mixed = b.rms(mixed, "post_ffw_norm_2");
+    let mixed = b.rms_alone(mixed, "post_ffw_norm_2");
     b.g.add(dense, mixed)
 }
 
@@ -194,7 +194,7 @@ pub(super) fn gemma3n(b: &mut Builder<'_>) {
         let middle = attended(b, attention, active, positions);
         let normed = b.rms(middle, "ffn_norm");
         let fed = sparse_feed_forward(b, normed, il < SPARSE_LAYERS);
-        let fed = b.rms(fed, "post_ffw_norm");
+        let fed = b.rms_alone(fed, "post_ffw_norm");
         let fed = b.g.add(fed, middle);
         let corrected = corrected(b, predictions, fed);
         let first = first_prediction(b, corrected, inputs);
@@ -214,7 +214,7 @@ pub(super) fn gemma3n(b: &mut Builder<'_>) {
         let one = slice(b, merged);
         cur = b.g.add(cur, one);
     }
-    let cur = b.g.unary(cur);
+    let cur = b.g.unary_alone(cur);
     let outputs = b.output_ids();
     let cur = b.g.get_rows(cur, outputs);
     let cur = b.output_norm(cur, Norm::Rms);
@@ -241,7 +241,7 @@ fn rest_of(b: &mut Builder<'_>, cur: TensorId) -> TensorId {
 
 fn router(b: &mut Builder<'_>, cur: TensorId) -> TensorId {
     let normed = b.rms(cur, "altup_router_norm");
-    let normed = b.g.unary(normed);
+    let normed = b.g.unary_alone(normed);
     let out = b.matmul("altup_router", normed);
     b.g.unary(out)
 }
@@ -267,7 +267,7 @@ fn corrected(b: &mut Builder<'_>, predictions: TensorId, activated: TensorId) ->
     let active = slice(b, predictions);
     let innovation = b.g.add(activated, active);
     let coefficients = b.matmul("altup_correct_coef", routed);
-    let coefficients = b.g.unary(coefficients);
+    let coefficients = b.g.unary_alone(coefficients);
     let coefficients = b.g.transpose(coefficients);
     let [n_embd, n_tokens, streams, _] = b.g.ne(predictions);
     let coefficients = b.g.cont_as(coefficients, [1, n_tokens, streams, 1]);
@@ -286,10 +286,10 @@ fn attended(
     let normed = b.rms(active, "attn_norm");
     let shortcut = b.matmul("laurel_l", normed);
     let shortcut = b.matmul("laurel_r", shortcut);
-    let shortcut = b.rms(shortcut, "laurel_post_norm");
+    let shortcut = b.rms_alone(shortcut, "laurel_post_norm");
     let shortcut = b.g.add(shortcut, normed);
     let cur = attend(b, input, normed, positions, NONE);
-    let cur = b.rms(cur, "post_attention_norm");
+    let cur = b.rms_alone(cur, "post_attention_norm");
     let cur = b.g.add(cur, active);
     let sum = b.g.add(cur, shortcut);
     b.g.unary(sum)
@@ -310,7 +310,7 @@ fn sparse_feed_forward(b: &mut Builder<'_>, normed: TensorId, sparse: bool) -> T
         let kept = b.g.add(gate, cutoff);
         gate = b.g.unary(kept);
     }
-    let gate = b.g.unary(gate);
+    let gate = b.g.unary_alone(gate);
     let cur = b.g.mul(up, gate);
     b.matmul("ffn_down", cur)
 }
@@ -319,9 +319,9 @@ fn sparse_feed_forward(b: &mut Builder<'_>, normed: TensorId, sparse: bool) -> T
 fn first_prediction(b: &mut Builder<'_>, corrected: TensorId, inputs: TensorId) -> TensorId {
     let first = slice(b, corrected);
     let scale = b.weight("altup_correct_scale");
-    let first = b.g.mul(first, scale);
+    let first = b.g.weigh(first, scale);
     let first = b.matmul("inp_gate", first);
-    let first = b.g.unary(first);
+    let first = b.g.unary_alone(first);
     let own = slice(b, inputs);
     let first = b.g.mul(first, own);
     let first = b.matmul("proj", first);

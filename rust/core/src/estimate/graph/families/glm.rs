@@ -24,21 +24,21 @@ pub(super) fn next(b: &mut Builder<'_>) {
     let mut picked = NONE;
     for il in b.layers_by_owner(|il| owner(&owners, il)) {
         b.enter(il);
-        let mixed = streams::before(b, cur, "hc_attn");
+        let mixed = streams::before(b, cur, streams::ATTENTION);
         let normed = b.rms(mixed.cur, "attn_norm");
         b.g.expand(normed);
         let given = if b.hyper.is_recurrent(il as u32) {
             kimi(b, states, normed)
         } else {
             let low = b.matmul("attn_q_a", normed);
-            let low = b.rms(low, "attn_q_a_norm");
+            let low = b.rms_alone(low, "attn_q_a_norm");
             if owner(&owners, il) == il {
                 picked = pick(b, [normed, low], cache.mask, pools);
             }
             attend(b, [normed, low], cache, pools, picked)
         };
         let middle = streams::after(b, given, cur, mixed);
-        let mixed = streams::before(b, middle, "hc_ffn");
+        let mixed = streams::before(b, middle, streams::FEED_FORWARD);
         let normed = b.rms(mixed.cur, "ffn_norm");
         let fed = feed_forward(b, normed);
         cur = streams::after(b, fed, middle, mixed);
@@ -68,7 +68,7 @@ fn attend(
     let q =
         b.g.reshape_3d(q, b.g.ne(q)[0] / heads.max(1), heads, n_tokens);
     let latent = b.matmul("attn_kv_a_mqa", normed);
-    let latent = b.rms(latent, "attn_kv_a_norm");
+    let latent = b.rms_alone(latent, "attn_kv_a_norm");
     let latent = b.g.reshape_3d(latent, rank, 1, n_tokens);
     let q = b.g.permute(q, [0, 2, 1, 3]);
     let weight = b.weight("attn_k_b");

@@ -111,7 +111,7 @@ fn layer(
             ..Extras::default()
         },
     );
-    let gate = b.g.unary(gate);
+    let gate = b.g.unary_alone(gate);
     let cur = b.g.mul(cur, gate);
     let cur = b.project("attn_output", cur);
     let middle = b.g.add(cur, input);

@@ -23,10 +23,10 @@ pub(super) fn hunyuan(b: &mut Builder<'_>) {
     for il in b.layers_by_owner(|il| owner(&owners, il)) {
         b.enter(il);
         let residual = cur;
-        let [mixed, post] = before(b, cur, "hc_attn");
+        let [mixed, post] = before(b, cur, streams::ATTENTION);
         let normed = b.rms(mixed, "attn_norm");
         let low = b.matmul("attn_q_a", normed);
-        let low = b.rms(low, "attn_q_a_norm");
+        let low = b.rms_alone(low, "attn_q_a_norm");
         if let Some(indexer) = indexer
             && owner(&owners, il) == il
         {
@@ -34,7 +34,7 @@ pub(super) fn hunyuan(b: &mut Builder<'_>) {
         }
         let attended = gated(b, [normed, low], positions, cache, picked);
         let middle = after(b, attended, residual, post);
-        let [mixed, post] = before(b, middle, "hc_ffn");
+        let [mixed, post] = before(b, middle, streams::FEED_FORWARD);
         let normed = b.rms(mixed, "ffn_norm");
         let fed = feed_forward(b, normed);
         cur = after(b, fed, middle, post);
@@ -47,8 +47,8 @@ pub(super) fn hunyuan(b: &mut Builder<'_>) {
 }
 
 /// `build_hc_pre`: what the block reads, and the gates of what it gives.
-fn before(b: &mut Builder<'_>, x: TensorId, name: &str) -> [TensorId; 2] {
-    let [weight, scale, base] = streams::weights(b, name);
+fn before(b: &mut Builder<'_>, x: TensorId, names: [&str; 3]) -> [TensorId; 2] {
+    let [weight, scale, base] = names.map(|name| b.weight(name));
     let count = streams::count(b);
     let mixes = streams::coefficients(b, x, weight);
     let pre = streams::gate(b, mixes, [scale, base], count, 2);
@@ -110,7 +110,7 @@ fn gated(
         )
     };
     let gate = b.matmul("attn_gate", normed);
-    let gate = b.g.unary(gate);
+    let gate = b.g.unary_alone(gate);
     let attended = b.g.mul(attended, gate);
     b.matmul("attn_output", attended)
 }

@@ -50,8 +50,8 @@ fn rotated_with(
 ) -> TensorId {
     let [mut q, mut k, v] = b.qkv(cur);
     if b.has("attn_q_norm") {
-        q = b.rms(q, "attn_q_norm");
-        k = b.rms(k, "attn_k_norm");
+        q = b.rms_alone(q, "attn_q_norm");
+        k = b.rms_alone(k, "attn_k_norm");
     }
     let q = b.g.rope(q, inputs.positions, factors);
     let k = b.g.rope(k, inputs.positions, factors);
@@ -222,7 +222,7 @@ pub(super) fn granite(b: &mut Builder<'_>) {
             b.pick_outputs([&mut mixed, &mut residual], inputs.outputs);
         }
         if scales {
-            mixed = b.g.unary(mixed);
+            mixed = b.g.unary_alone(mixed);
         }
         let middle = b.g.add(mixed, residual);
         let normed = b.rms(middle, "ffn_norm");
@@ -243,7 +243,7 @@ pub(super) fn granite(b: &mut Builder<'_>) {
             b.ffn(normed, Activation::Gated)
         };
         if scales {
-            fed = b.g.unary(fed);
+            fed = b.g.unary_alone(fed);
         }
         cur = b.g.add(fed, middle);
     }
@@ -310,11 +310,11 @@ pub(super) fn plamo2(b: &mut Builder<'_>) {
         if b.is_last() {
             b.pick_outputs([&mut mixed, &mut residual], inputs.outputs);
         }
-        let mixed = b.rms(mixed, "post_attention_norm");
+        let mixed = b.rms_alone(mixed, "post_attention_norm");
         let middle = b.g.add(mixed, residual);
         let normed = b.rms(middle, "ffn_norm");
         let fed = b.ffn(normed, Activation::Halves);
-        let fed = b.rms(fed, "post_ffw_norm");
+        let fed = b.rms_alone(fed, "post_ffw_norm");
         cur = b.g.add(fed, middle);
     }
     end(b, cur, 0);

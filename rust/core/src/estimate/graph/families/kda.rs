@@ -94,7 +94,7 @@ fn gated(b: &mut Builder<'_>, inputs: Inputs, normed: TensorId) -> TensorId {
     let weight = b.weight("attn_gate");
     let gate = b.g.mul_mat(weight, normed);
     let gate = b.g.reshape_3d(gate, 1, heads, n_tokens);
-    let gate = b.g.unary(gate);
+    let gate = b.g.unary_alone(gate);
     let cur = b.g.reshape_3d(cur, values, heads, n_tokens);
     let cur = b.g.mul(cur, gate);
     let cur = b.g.cont_as(cur, [values * heads, n_tokens, 1, 1]);
@@ -158,7 +158,7 @@ fn convolved(b: &mut Builder<'_>, input: StateInput, normed: TensorId, s: Sizes)
         let kernel = b.g.reshape_2d(kernel, s.kernel, s.inner());
         let out = b.g.ssm_conv(joined, kernel);
         let out = b.g.reshape_2d(out, s.inner(), s.tokens * s.seqs);
-        let out = b.g.unary(out);
+        let out = b.g.unary_alone(out);
         b.g.reshape(out, [s.length, s.heads, s.tokens, s.seqs])
     })
 }
@@ -175,7 +175,7 @@ fn updated(
     let state = b.g.reshape(state, [s.length, s.length, s.heads, s.seqs]);
     let [q, k] = [q, k].map(|part| {
         let part = b.g.rms_norm(part);
-        b.g.unary(part)
+        b.g.unary_alone(part)
     });
     let out = delta(b, [q, k, v, gate, beta, state], states);
     b.g.cont(out)
@@ -194,7 +194,7 @@ fn finished(b: &mut Builder<'_>, out: TensorId, gate: TensorId, s: Sizes) -> Ten
     let gate = b.g.reshape_3d(gate, s.length, s.heads, n_tokens);
     let out = b.g.reshape_3d(out, s.length, s.heads, n_tokens);
     let normed = b.rms(out, "ssm_norm");
-    let gate = b.g.unary(gate);
+    let gate = b.g.unary_alone(gate);
     let out = b.g.mul(normed, gate);
     let out = b.g.cont_as(out, [s.inner(), n_tokens, 1, 1]);
     let weight = b.weight("attn_output");
@@ -210,19 +210,19 @@ pub(super) fn kimi(b: &mut Builder<'_>, input: StateInput, normed: TensorId) -> 
     let low = b.matmul("ssm_f_a", normed);
     let gate = b.matmul("ssm_f_b", low);
     let bias = b.bias("ssm_dt");
-    let mut gate = b.g.add(gate, bias);
+    let mut gate = b.g.weigh(gate, bias);
     // minus infinity, which stands for no bound, is read as the lowest number
     let bound = b.number("kda.gate_lower_bound", i64::MIN);
     let bounded = bound > i64::from(i32::MIN) && b.model.architecture() != "kimi-linear";
     if !bounded {
-        gate = b.g.unary(gate);
+        gate = b.g.unary_alone(gate);
     }
     let gate = b.g.reshape_3d(gate, s.length, s.heads, n_tokens);
     let decay = b.exact("ssm_a");
     let decay = b.g.reshape_3d(decay, 1, s.heads, 1);
-    let mut gate = b.g.mul(gate, decay);
+    let mut gate = b.g.weigh(gate, decay);
     for _ in 0..if bounded { 3 } else { 0 } {
-        gate = b.g.unary(gate);
+        gate = b.g.unary_alone(gate);
     }
     let gate = b.g.reshape(gate, [s.length, s.heads, s.tokens, s.seqs]);
     let beta = step(b, normed, s);
@@ -244,13 +244,13 @@ fn bailing_states(b: &mut Builder<'_>, input: StateInput, normed: TensorId) -> T
     let [q, k, v] = convolved(b, input, normed, s);
     let gate = b.matmul("ssm_f_a", normed);
     let bias = b.bias("ssm_dt");
-    let gate = b.g.add(gate, bias);
+    let gate = b.g.weigh(gate, bias);
     let gate = b.g.reshape_3d(gate, s.length, s.heads, s.tokens * s.seqs);
     let decay = b.exact("ssm_a");
     let decay = b.g.reshape_3d(decay, 1, s.heads, 1);
-    let gate = b.g.mul(gate, decay);
-    let gate = b.g.unary(gate);
-    let gate = b.g.unary(gate);
+    let gate = b.g.weigh(gate, decay);
+    let gate = b.g.unary_alone(gate);
+    let gate = b.g.unary_alone(gate);
     let gate = b.g.reshape(gate, [s.length, s.heads, s.tokens, s.seqs]);
     let beta = step(b, normed, s);
     let out = updated(b, input, [q, k, v, gate, beta], s);

@@ -123,7 +123,7 @@ pub(super) fn queries(b: &mut Builder<'_>, normed: TensorId, sizes: Latent) -> T
         b.project("attn_q", normed)
     } else {
         let low = b.project("attn_q_a", normed);
-        let low = b.rms(low, "attn_q_a_norm");
+        let low = b.rms_alone(low, "attn_q_a_norm");
         b.project("attn_q_b", low)
     };
     let (heads, n_tokens) = (b.heads(), b.n_tokens);
@@ -143,10 +143,10 @@ pub(super) fn latents(
     let latent = b.g.view_2d(both, sizes.rank, n_tokens, row);
     let mut rotated = b.g.view_3d(both, [sizes.rotated, 1, n_tokens], [row, row]);
     if b.has("attn_k_norm") {
-        rotated = b.rms(rotated, "attn_k_norm");
+        rotated = b.rms_alone(rotated, "attn_k_norm");
     }
     let rotated = b.rope(rotated, positions);
-    let latent = b.rms(latent, "attn_kv_a_norm");
+    let latent = b.rms_alone(latent, "attn_kv_a_norm");
     [latent, rotated]
 }
 
@@ -232,7 +232,7 @@ pub(super) fn plm(b: &mut Builder<'_>) {
 fn written_out(b: &mut Builder<'_>, scales: bool) {
     let mut cur = b.embeddings();
     if scales {
-        cur = b.g.unary(cur);
+        cur = b.g.unary_alone(cur);
     }
     let positions = b.positions();
     let attention = b.attention_input();
@@ -250,7 +250,7 @@ fn written_out(b: &mut Builder<'_>, scales: bool) {
             b.pick_outputs([&mut attended, &mut residual], outputs);
         }
         if scales {
-            attended = b.g.unary(attended);
+            attended = b.g.unary_alone(attended);
         }
         let middle = b.g.add(attended, residual);
         let normed = b.rms(middle, "ffn_norm");
@@ -263,7 +263,7 @@ fn written_out(b: &mut Builder<'_>, scales: bool) {
             },
         );
         if scales {
-            fed = b.g.unary(fed);
+            fed = b.g.unary_alone(fed);
         }
         cur = b.g.add(fed, middle);
     }

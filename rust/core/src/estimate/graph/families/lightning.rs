@@ -97,7 +97,7 @@ fn lightning(b: &mut Builder<'_>, inputs: Inputs, decays: Decays, normed: Tensor
     let n_embd = b.n_embd;
     let cur = b.g.reshape(normed, [n_embd, s.tokens, 1, s.seqs]);
     let all = b.matmul("attn_qkv", cur);
-    let all = b.g.unary(all);
+    let all = b.g.unary_alone(all);
     let all = b.g.reshape(all, [s.length * 3, s.heads, s.tokens, s.seqs]);
     let [_, b1, b2, b3] = b.g.nb(all);
     let [q, k, v] = [(); 3].map(|()| {
@@ -139,9 +139,9 @@ fn lightning(b: &mut Builder<'_>, inputs: Inputs, decays: Decays, normed: Tensor
     let out = b.g.permute(out, [0, 2, 1, 3]);
     let out = b.g.cont(out);
     let out = b.g.reshape(out, [s.length * s.heads, s.tokens, 1, s.seqs]);
-    let out = b.rms(out, "attn_norm_2");
+    let out = b.rms_alone(out, "attn_norm_2");
     let gate = b.matmul("attn_gate", cur);
-    let gate = b.g.unary(gate);
+    let gate = b.g.unary_alone(gate);
     let cur = b.g.mul(gate, out);
     let cur = b.matmul("attn_output", cur);
     b.g.reshape_2d(cur, n_embd, s.tokens * s.seqs)

@@ -57,7 +57,7 @@ fn convolve(
     let mut out = b.g.ssm_conv(joined, kernel);
     let bias = b.bias("ssm_conv1d");
     if bias.is_some() {
-        out = b.g.add(out, bias);
+        out = b.g.weigh(out, bias);
     }
     b.g.unary(out)
 }
@@ -162,7 +162,7 @@ pub(super) fn mamba2(b: &mut Builder<'_>, input: StateInput, cur: TensorId) -> T
     });
     let dt = b.g.cont(dt);
     let bias = b.bias("ssm_dt");
-    let dt = b.g.add(dt, bias);
+    let dt = b.g.weigh(dt, bias);
     let a = b.exact("ssm_a");
     let out = scan(b, input, [x, dt, a, bb, c], s, [length, s.rank]);
     let row = b.g.nb(x)[1];
@@ -183,7 +183,7 @@ pub(super) fn mamba2(b: &mut Builder<'_>, input: StateInput, cur: TensorId) -> T
     if b.has("ssm_norm") {
         y =
             b.g.reshape(y, [s.inner / s.groups.max(1), s.groups, s.tokens, s.seqs]);
-        y = b.rms(y, "ssm_norm");
+        y = b.rms_alone(y, "ssm_norm");
     }
     let y = b.g.reshape_2d(y, s.inner, s.tokens * s.seqs);
     b.project("ssm_out", y)

@@ -36,14 +36,14 @@ pub(super) fn added(
     let query = normed(b, hidden, "ple_norm_query");
     let product = b.g.mul(key, query);
     let product = b.g.sum_rows(product);
-    let product = b.g.unary(product);
+    let product = b.g.unary_alone(product);
     let mut size = product;
     for _ in 0..3 {
         size = b.g.unary(size);
     }
     let sign = b.g.unary(product);
     let gate = b.g.mul(sign, size);
-    let gate = b.g.unary(gate);
+    let gate = b.g.unary_alone(gate);
     let value = b.g.reshape_3d(value, n_embd, 1, n_tokens);
     let value = b.g.repeat(value, [n_embd, count, n_tokens, 1]);
     let gated = b.g.mul(value, gate);

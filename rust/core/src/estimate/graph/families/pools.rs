@@ -89,7 +89,7 @@ fn pooled(b: &mut Builder<'_>, normed: TensorId, p: Pools) -> TensorId {
     let gate = b.matmul("indexer_compressor_gate", normed);
     let both = b.g.concat(key, gate, 0);
     let empty = b.g.blank(GgmlType::F32, [length, n_tokens, 1, 1]);
-    let empty = b.g.unary(empty);
+    let empty = b.g.unary_alone(empty);
     let packed = b.g.concat(both, empty, 0);
     let packed = b.g.reshape_3d(packed, 3 * length, 1, n_tokens);
     let (il, element, cells) = (b.layer(), b.batch.cache_type_k, b.batch.cells);
@@ -140,7 +140,7 @@ pub(super) fn pick(
     let q = b.g.reshape_3d(q, length, heads, n_tokens);
     let keys = pooled(b, normed, p);
     let weights = b.matmul("indexer.proj", normed);
-    let weights = b.g.unary(weights);
+    let weights = b.g.unary_alone(weights);
     let scores = b.g.result(
         Op::Other,
         GgmlType::F32,
@@ -193,7 +193,7 @@ fn opened(b: &mut Builder<'_>, picked: TensorId, mask: TensorId, p: Pools) -> Te
     let zeros = b.g.repeat(zero, [1, p.slots, n_tokens, 1]);
     let zeros = b.g.reshape_3d(zeros, 1, p.slots, n_tokens);
     let live = b.g.reshape_2d(p.live, p.slots, n_tokens);
-    let live = b.g.unary(live);
+    let live = b.g.unary_alone(live);
     let behind =
         b.g.result(Op::Other, GgmlType::F32, [p.slots, 1, 1, 1], &[]);
     let rows = b.g.cast(picked, GgmlType::F32);

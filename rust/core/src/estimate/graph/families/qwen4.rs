@@ -75,7 +75,7 @@ pub(super) fn qwen4(b: &mut Builder<'_>) {
         if b.has("ple_key") {
             cur = ngram::added(b, inputs.states, grams, cur);
         }
-        let [mixed, mut inject] = mix(b, cur, "hc_attn");
+        let [mixed, mut inject] = mix(b, cur, ATTENTION);
         b.g.expand(mixed);
         let mut given = if b.hyper.is_recurrent(il as u32) {
             delta::linear(b, inputs.states, mixed)
@@ -91,7 +91,7 @@ pub(super) fn qwen4(b: &mut Builder<'_>) {
             cur = streams::pick_rows(b, cur, inputs.outputs);
         }
         let middle = combined(b, cur, given, inject);
-        let [mixed, inject] = mix(b, middle, "hc_ffn");
+        let [mixed, inject] = mix(b, middle, FEED_FORWARD);
         let fed = delta::feed_forward(b, mixed);
         cur = combined(b, middle, fed, inject);
         if b.n_seqs >= PINNED_BELOW {
@@ -106,19 +106,29 @@ pub(super) fn qwen4(b: &mut Builder<'_>) {
 fn gated(b: &mut Builder<'_>, x: TensorId, [norm, down, up]: [TensorId; 3]) -> [TensorId; 2] {
     let [n_embd, streams, rows, _] = b.g.ne(x);
     let normed = b.g.rms_norm(x);
-    let normed = b.g.mul(normed, norm);
+    let normed = b.g.weigh(normed, norm);
     let normed = b.g.reshape_2d(normed, n_embd * streams, rows);
     let low = b.g.mul_mat(down, normed);
-    let low = b.g.unary(low);
-    let low = b.g.unary(low);
+    let low = b.g.unary_alone(low);
+    let low = b.g.unary_alone(low);
     [normed, b.g.mul_mat(up, low)]
 }
 
+/// The weights of what attention reads: norm, gate down and up, shares.
+const ATTENTION: [&str; 4] = [
+    "hc_attn_norm",
+    "hc_attn_down",
+    "hc_attn_up",
+    "hc_attn_inject",
+];
+
+/// The same of the feed-forward block.
+const FEED_FORWARD: [&str; 4] = ["hc_ffn_norm", "hc_ffn_down", "hc_ffn_up", "hc_ffn_inject"];
+
 /// `build_hc_mix` in one operation: what a block reads, and the weights by which the streams take what it gives.
-fn mix(b: &mut Builder<'_>, x: TensorId, name: &str) -> [TensorId; 2] {
+fn mix(b: &mut Builder<'_>, x: TensorId, names: [&str; 4]) -> [TensorId; 2] {
     let [n_embd, streams, rows, _] = b.g.ne(x);
-    let [norm, down, up, inject] =
-        ["norm", "down", "up", "inject"].map(|part| b.weight(&format!("{name}_{part}")));
+    let [norm, down, up, inject] = names.map(|name| b.weight(name));
     let [normed, gate] = gated(b, x, [norm, down, up]);
     let sources = [normed, gate].map(|part| b.g.reshape_3d(part, n_embd, streams, rows));
     let mixed =
@@ -132,7 +142,7 @@ fn head(b: &mut Builder<'_>, x: TensorId) -> TensorId {
     let weights =
         ["norm", "down", "up"].map(|part| b.output_weight(&format!("output_hc_{part}.weight")));
     let [normed, gate] = gated(b, x, weights);
-    let gate = b.g.unary(gate);
+    let gate = b.g.unary_alone(gate);
     let all = b.g.mul(normed, gate);
     let all = b.g.reshape_3d(all, n_embd, streams, rows);
     let stride = b.g.nb(all)[2];
@@ -149,7 +159,7 @@ fn head(b: &mut Builder<'_>, x: TensorId) -> TensorId {
 fn combined(b: &mut Builder<'_>, x: TensorId, given: TensorId, inject: TensorId) -> TensorId {
     let mut weights = inject;
     for _ in 0..3 {
-        weights = b.g.unary(weights);
+        weights = b.g.unary_alone(weights);
     }
     let ne = b.g.ne(x);
     if b.batch.fused_spread {
@@ -187,9 +197,9 @@ fn attend(
             [row, row.saturating_mul(heads)],
         )
     });
-    let q = b.rms(q, "attn_q_norm");
+    let q = b.rms_alone(q, "attn_q_norm");
     let k = b.g.reshape_3d(k, length, kv_heads, n_tokens);
-    let k = b.rms(k, "attn_k_norm");
+    let k = b.rms_alone(k, "attn_k_norm");
     let gate = b.g.cont_as(gate, [length * heads, n_tokens, 1, 1]);
     let v = b.g.reshape_3d(v, length, kv_heads, n_tokens);
     let [q, k] = [q, k].map(|part| b.rope(part, inputs.positions));
@@ -198,7 +208,7 @@ fn attend(
         ..Extras::default()
     };
     let cur = b.attend(AttentionInput::Cache(cache), [q, k, v], extras);
-    let gate = b.g.unary(gate);
+    let gate = b.g.unary_alone(gate);
     let cur = b.g.mul(cur, gate);
     b.project("attn_output", cur)
 }
@@ -234,21 +244,21 @@ fn pick(
             slice
         };
     }
-    let pooled = b.g.unary(pooled);
+    let pooled = b.g.unary_alone(pooled);
     let pooled = b.g.reshape_3d(pooled, i.length, i.blocks * streams, 1);
-    let pooled = b.rms(pooled, "indexer.k_norm");
+    let pooled = b.rms_alone(pooled, "indexer.k_norm");
     let pooled = b.g.reshape_3d(pooled, i.length, 1, i.blocks * streams);
     let pooled = b.rope(pooled, i.positions_of_blocks);
     let pooled = b.g.reshape_3d(pooled, i.length, i.blocks, streams);
 
     let queries = b.matmul("indexer.q_proj", cur);
     let queries = b.g.reshape_3d(queries, i.length, i.heads, n_tokens);
-    let queries = b.rms(queries, "indexer.q_norm");
+    let queries = b.rms_alone(queries, "indexer.q_norm");
     let queries = b.rope(queries, inputs.positions);
     let queries = b.g.reshape_3d(queries, i.length, i.heads * tokens, streams);
     let scores = b.g.mul_mat(pooled, queries);
     let scores = b.g.reshape(scores, [i.blocks, i.heads, tokens, streams]);
-    let scores = b.g.unary(scores);
+    let scores = b.g.unary_alone(scores);
     let [_, _, b2, b3] = b.g.nb(scores);
     let mut sum = NONE;
     for _ in 0..i.heads {

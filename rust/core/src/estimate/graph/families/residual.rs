@@ -63,14 +63,14 @@ fn mixed(b: &mut Builder<'_>, cur: TensorId, stack: TensorId, score: TensorId) -
     let ([n_embd, count, ..], n_tokens) = (b.g.ne(stack), b.n_tokens);
     let rate = |b: &mut Builder<'_>, streams: TensorId| {
         let normed = b.g.rms_norm(streams);
-        let weighted = b.g.mul(normed, score);
+        let weighted = b.g.weigh(normed, score);
         b.g.sum_rows(weighted)
     };
     let earlier = rate(b, stack);
     let earlier = b.g.reshape_2d(earlier, count, n_tokens);
     let current = rate(b, cur);
     let scores = b.g.concat(earlier, current, 0);
-    let shares = b.g.unary(scores);
+    let shares = b.g.unary_alone(scores);
     let row = b.g.nb(shares)[1];
     let [earlier, current] = [count, 1].map(|n| {
         let part = b.g.view_2d(shares, n, n_tokens, row);
@@ -88,7 +88,7 @@ fn latent(b: &mut Builder<'_>, inputs: Inputs, normed: TensorId) -> TensorId {
     let mut cur = kda::attention(b, inputs.attention, normed, NONE, "");
     if b.has("attn_gate") {
         let gate = b.matmul("attn_gate", normed);
-        let gate = b.g.unary(gate);
+        let gate = b.g.unary_alone(gate);
         cur = b.g.mul(cur, gate);
     }
     b.matmul("attn_output", cur)
@@ -110,7 +110,7 @@ fn feed_forward(b: &mut Builder<'_>, normed: TensorId) -> TensorId {
     experts.activation = ExpertActivation::Situ;
     let mut cur = b.mixture(routed, experts);
     if b.has("ffn_routed_norm") {
-        cur = b.rms(cur, "ffn_routed_norm");
+        cur = b.rms_alone(cur, "ffn_routed_norm");
     }
     if b.has("ffn_routed_up") {
         cur = b.matmul("ffn_routed_up", cur);

@@ -62,7 +62,7 @@ pub(super) fn rwkv(b: &mut Builder<'_>) {
             channel_block(b, [mixed, input, normed, shift, kept], outputs, kind)
         };
         if rescales(il) {
-            cur = b.g.unary(cur);
+            cur = b.g.unary_alone(cur);
         }
     }
     let cur = b.output_norm(cur, norm);
@@ -130,8 +130,8 @@ fn channel_block(
         b.g.unary(receptance)
     };
     let key = b.project("channel_mix_key", key);
-    let key = b.g.unary(key);
-    let key = b.g.unary(key);
+    let key = b.g.unary_alone(key);
+    let key = b.g.unary_alone(key);
     let mut out = b.project("channel_mix_value", key);
     if gate.is_some() {
         out = b.g.mul(gate, out);
@@ -162,10 +162,6 @@ fn lerped(b: &mut Builder<'_>, change: TensorId, name: &str, cur: TensorId) -> T
     b.g.add(part, cur)
 }
 
-fn biased(b: &mut Builder<'_>, name: &str, cur: TensorId) -> TensorId {
-    b.project_biased(name, cur)
-}
-
 /// `build_rwkv6_time_mix`.
 fn time_mix_6(
     b: &mut Builder<'_>,
@@ -180,7 +176,7 @@ fn time_mix_6(
     let cur = flat(b, normed);
     let mixed = lerped(b, change, "time_mix_lerp_x", cur);
     let low = b.matmul("time_mix_w1", mixed);
-    let low = b.g.unary(low);
+    let low = b.g.unary_alone(low);
     let rank = b.g.ne(low)[0] / MIXED;
     let low = b.g.reshape(low, [rank, 1, MIXED, n_tokens]);
     let low = b.g.permute(low, [0, 1, 3, 2]);
@@ -193,26 +189,33 @@ fn time_mix_6(
     if fused.is_some() {
         let change = b.g.reshape_3d(change, n_embd, 1, n_tokens);
         let cur = b.g.reshape_3d(cur, n_embd, 1, n_tokens);
-        all = b.g.add(all, fused);
+        all = b.g.weigh(all, fused);
         all = b.g.mul(all, change);
         all = b.g.add(all, cur);
     }
     let stride = b.g.nb(all)[1];
-    let [w, k, v, r, g] = ["w", "k", "v", "r", "g"].map(|part| {
+    let lerps = [
+        "time_mix_lerp_w",
+        "time_mix_lerp_k",
+        "time_mix_lerp_v",
+        "time_mix_lerp_r",
+        "time_mix_lerp_g",
+    ];
+    let [w, k, v, r, g] = lerps.map(|name| {
         let view = b.g.view_2d(all, n_embd, n_tokens, stride);
         if fused.is_some() {
             return view;
         }
-        let weight = b.weight(&format!("time_mix_lerp_{part}"));
+        let weight = b.weight(name);
         let sum = b.g.add(view, weight);
         let moved = b.g.mul(sum, change);
         b.g.add(moved, cur)
     });
-    let r = biased(b, "time_mix_receptance", r);
-    let k = biased(b, "time_mix_key", k);
-    let v = biased(b, "time_mix_value", v);
+    let r = b.project_biased("time_mix_receptance", r);
+    let k = b.project_biased("time_mix_key", k);
+    let v = b.project_biased("time_mix_value", v);
     let gate = b.project("time_mix_gate", g);
-    let gate = b.g.unary(gate);
+    let gate = b.g.unary_alone(gate);
     let head = b.number("wkv.head_size", 1).max(1);
     let (heads, kv_heads) = (n_embd / head, b.kv_heads());
     let wide = |b: &mut Builder<'_>, part: TensorId| {
@@ -225,12 +228,12 @@ fn time_mix_6(
     let (k, v) = (wide(b, k), wide(b, v));
     let [k, v, r] = [k, v, r].map(|part| b.g.reshape_3d(part, head, heads, n_tokens));
     let low = b.matmul("time_mix_decay_w1", w);
-    let low = b.g.unary(low);
+    let low = b.g.unary_alone(low);
     let w = b.matmul("time_mix_decay_w2", low);
     let decay = b.weight("time_mix_decay");
-    let mut w = b.g.add(w, decay);
+    let mut w = b.g.weigh(w, decay);
     for _ in ["exp", "neg", "exp"] {
-        w = b.g.unary(w);
+        w = b.g.unary_alone(w);
     }
     let w = b.g.reshape_3d(w, head, heads, n_tokens);
     let kept = b.recurrent_state();
@@ -274,7 +277,7 @@ fn group_norm(b: &mut Builder<'_>, cur: TensorId, head: i64) -> TensorId {
     let cur = b.g.norm(cur);
     let cur = flat(b, cur);
     let (weight, bias) = (b.weight("time_mix_ln"), b.bias("time_mix_ln"));
-    let cur = b.g.mul(cur, weight);
+    let cur = b.g.weigh(cur, weight);
     b.g.add(cur, bias)
 }
 
@@ -289,7 +292,7 @@ fn output(b: &mut Builder<'_>, cur: TensorId) -> TensorId {
 fn low_rank(b: &mut Builder<'_>, names: [&str; 2], cur: TensorId, bends: bool) -> TensorId {
     let mut low = b.matmul(names[0], cur);
     if bends {
-        low = b.g.unary(low);
+        low = b.g.unary_alone(low);
     }
     b.matmul(names[1], low)
 }
@@ -313,9 +316,9 @@ fn time_mix_7(
     let r = b.project("time_mix_receptance", xr);
     let w = low_rank(b, ["time_mix_w1", "time_mix_w2"], xw, true);
     let bias = b.weight("time_mix_w0");
-    let mut w = b.g.add(w, bias);
+    let mut w = b.g.weigh(w, bias);
     for _ in ["sigmoid", "scale", "exp"] {
-        w = b.g.unary(w);
+        w = b.g.unary_alone(w);
     }
     let k = b.project("time_mix_key", xk);
     let mut v = b.project("time_mix_value", xv);
@@ -323,8 +326,8 @@ fn time_mix_7(
         let difference = b.g.add(*first_value, v);
         let share = low_rank(b, ["time_mix_v1", "time_mix_v2"], xv, false);
         let bias = b.weight("time_mix_v0");
-        let share = b.g.add(share, bias);
-        let share = b.g.unary(share);
+        let share = b.g.weigh(share, bias);
+        let share = b.g.unary_alone(share);
         let part = b.g.mul(difference, share);
         v = b.g.add(v, part);
     } else {
@@ -337,8 +340,8 @@ fn time_mix_7(
     };
     let a = low_rank(b, ["time_mix_a1", "time_mix_a2"], xa, false);
     let bias = b.weight("time_mix_a0");
-    let a = b.g.add(a, bias);
-    let a = b.g.unary(a);
+    let a = b.g.weigh(a, bias);
+    let a = b.g.unary_alone(a);
     let head = b.number("wkv.head_size", 1).max(1);
     let heads = n_embd / head;
     let weight = b.weight("time_mix_k_k");
@@ -364,7 +367,7 @@ fn time_mix_7(
     let weight = b.weight("time_mix_r_k");
     let weight = b.g.reshape_2d(weight, head, heads);
     let rk = b.g.mul(k, r);
-    let rk = b.g.mul(rk, weight);
+    let rk = b.g.weigh(rk, weight);
     let rk = b.g.sum_rows(rk);
     let bonus = b.g.mul(v, rk);
     let bonus = flat(b, bonus);

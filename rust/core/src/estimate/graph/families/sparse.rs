@@ -73,7 +73,7 @@ pub(super) fn sparse(b: &mut Builder<'_>) {
         let mut residual = cur;
         let normed = b.rms(cur, "attn_norm");
         let low = b.matmul("attn_q_a", normed);
-        let low = b.rms(low, "attn_q_a_norm");
+        let low = b.rms_alone(low, "attn_q_a_norm");
         if owner(&owners, il) == il {
             picked = pick(b, normed, low, positions, indexer);
         }
@@ -111,7 +111,7 @@ pub(super) fn dots3(b: &mut Builder<'_>) {
         let mut residual = cur;
         let normed = b.rms(cur, "attn_norm");
         let low = b.matmul("attn_q_a", normed);
-        let low = b.rms(low, "attn_q_a_norm");
+        let low = b.rms_alone(low, "attn_q_a_norm");
         let extras = Extras {
             output: "",
             ..Extras::default()
@@ -132,7 +132,7 @@ pub(super) fn dots3(b: &mut Builder<'_>) {
             attend(b, [normed, low], positions, dense, picked, extras)
         };
         let gate = b.matmul("attn_gate", normed);
-        let gate = b.g.unary(gate);
+        let gate = b.g.unary_alone(gate);
         let (values, heads, n_tokens) = (Latent::of(b).values, b.heads(), b.n_tokens);
         let attended = b.g.reshape_3d(attended, values, heads, n_tokens);
         let gate = b.g.reshape_3d(gate, 1, heads, n_tokens);
@@ -195,7 +195,7 @@ pub(super) fn pick(
     let weights = b.matmul("indexer.proj", normed);
     let k = b.read_rows(keys, i.length, 1);
     let [q, weights] = per_stream(b, [q, weights], streams);
-    let weights = b.g.unary(weights);
+    let weights = b.g.unary_alone(weights);
     let scores = b.g.result(
         Op::Other,
         GgmlType::F32,
@@ -260,7 +260,7 @@ pub(super) fn opened(
     let ids =
         b.g.view(picked, [t0, t1, t3, 1], [p1, p2, t3.saturating_mul(p3)]);
     let zeros = b.g.blank(element, [1, t0, t1, t3]);
-    let zeros = b.g.unary(zeros);
+    let zeros = b.g.unary_alone(zeros);
     let opened = b.g.set_rows(closed, zeros, ids);
     let ([_, o1, o2, o3], [_, _, s2, s3]) = (b.g.ne(opened), b.g.nb(opened));
     let opened = b.g.view(opened, [o1, o2, 1, o3], [s2, s3, s3]);

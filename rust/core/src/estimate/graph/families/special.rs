@@ -40,7 +40,7 @@ pub(super) fn adjugates(b: &mut Builder<'_>, cur: TensorId, experts: Experts) ->
         ..experts
     };
     let small = b.mixture(large, small);
-    let small = b.g.unary(small);
+    let small = b.g.unary_alone(small);
     b.g.add(large, small)
 }
 
@@ -93,7 +93,7 @@ pub(super) fn finish_without_images(b: &mut Builder<'_>, cur: TensorId) {
     let head = b.head_weight();
     let logits = b.g.mul_mat(head, cur);
     let lowest = b.g.blank(GgmlType::F32, [IMAGE_TOKENS, 1, 1, 1]);
-    let lowest = b.g.unary(lowest);
+    let lowest = b.g.unary_alone(lowest);
     let ne = b.g.ne(logits);
     let out = b.g.result(Op::Other, GgmlType::F32, ne, &[logits, lowest]);
     b.g.set_output(out);

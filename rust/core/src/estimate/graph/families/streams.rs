@@ -6,6 +6,12 @@ use super::super::ops::Fused;
 use super::super::tensor::{Op, TensorId};
 use crate::gguf::GgmlType;
 
+/// The projection, scale and base of what attention reads.
+pub(super) const ATTENTION: [&str; 3] = ["hc_attn_fn", "hc_attn_scale", "hc_attn_base"];
+
+/// The same of the feed-forward block.
+pub(super) const FEED_FORWARD: [&str; 3] = ["hc_ffn_fn", "hc_ffn_scale", "hc_ffn_base"];
+
 /// Every token's embedding, once per stream.
 pub(super) fn spread(b: &mut Builder<'_>, embeddings: TensorId) -> TensorId {
     let (n_embd, n_tokens, streams) = (b.n_embd, b.n_tokens, count(b));
@@ -65,7 +71,7 @@ pub(super) fn head_gate(b: &mut Builder<'_>, x: TensorId) -> TensorId {
         ["fn", "scale", "base"].map(|part| b.output_weight(&format!("output_hc_{part}.weight")));
     let mixes = coefficients(b, x, weight);
     let gate = affine(b, mixes, [scale, base]);
-    let gate = b.g.unary(gate);
+    let gate = b.g.unary_alone(gate);
     b.g.unary(gate)
 }
 
@@ -112,9 +118,9 @@ pub(super) struct Mixed {
     pub(super) comb: TensorId,
 }
 
-/// `build_hc_pre` with its two fused operations, for the block of the weights `name`.
-pub(super) fn before(b: &mut Builder<'_>, x: TensorId, name: &str) -> Mixed {
-    let [weight, scale, base] = weights(b, name);
+/// `build_hc_pre` with its two fused operations, for the block of the weights `names`.
+pub(super) fn before(b: &mut Builder<'_>, x: TensorId, names: [&str; 3]) -> Mixed {
+    let [weight, scale, base] = names.map(|name| b.weight(name));
     let [n_embd, streams, n_tokens, _] = b.g.ne(x);
     let mixes = coefficients(b, x, weight);
     let pre = gate(b, mixes, [scale, base], streams, 2);
@@ -172,9 +178,4 @@ pub(super) fn joined(b: &mut Builder<'_>, streams: TensorId, next: TensorId) -> 
     } else {
         next
     }
-}
-
-/// The projection, scale and base of one mix.
-pub(super) fn weights(b: &mut Builder<'_>, name: &str) -> [TensorId; 3] {
-    ["fn", "scale", "base"].map(|part| b.weight(&format!("{name}_{part}")))
 }

@@ -21,7 +21,7 @@ pub(super) fn granite_switch(b: &mut Builder<'_>) {
     let table = b.input_weight("token_embd.weight");
     let mut cur = b.g.get_rows(table, tokens);
     if b.model.float("embedding_scale").unwrap_or(0.0) != 0.0 {
-        cur = b.g.unary(cur);
+        cur = b.g.unary_alone(cur);
     }
     let positions = if b.number("rope.scaling.finetuned", 1) == 0 {
         NONE
@@ -50,17 +50,17 @@ pub(super) fn granite_switch(b: &mut Builder<'_>) {
             adapters = b.g.reshape(rows, [count, 1, 1, 1]);
         }
         if scales {
-            cur = b.g.unary(cur);
+            cur = b.g.unary_alone(cur);
         }
         let middle = b.g.add(cur, residual);
         let normed = b.rms(middle, "ffn_norm");
         let gate = switched(b, "ffn_gate", normed, adapters);
         let up = switched(b, "ffn_up", normed, adapters);
-        let gate = b.g.unary(gate);
+        let gate = b.g.unary_alone(gate);
         let both = b.g.mul(gate, up);
         cur = switched(b, "ffn_down", both, adapters);
         if scales {
-            cur = b.g.unary(cur);
+            cur = b.g.unary_alone(cur);
         }
         cur = b.g.add(cur, middle);
     }
@@ -89,8 +89,8 @@ fn router(b: &mut Builder<'_>, attention: AttentionInput, signals: [TensorId; 3]
     let slots = b.g.view_2d(out, 1, n_tokens, row);
     let slots = b.g.cont(slots);
     let slots = b.g.reshape(slots, [n_tokens, 1, 1, 1]);
-    let slots = b.g.unary(slots);
-    let slots = b.g.unary(slots);
+    let slots = b.g.unary_alone(slots);
+    let slots = b.g.unary_alone(slots);
     b.g.cast(slots, GgmlType::I32)
 }
 
