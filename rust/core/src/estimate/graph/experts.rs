@@ -193,7 +193,7 @@ impl Builder<'_> {
     fn sum_experts(&mut self, experts: TensorId, n_embd: i64, n_tokens: i64) -> TensorId {
         let stride = self.g.nb(experts)[2];
         let used = self.experts_used();
-        let parts: Vec<TensorId> = (0..used)
+        let parts: Vec<TensorId> = (0..self.g.alike(used))
             .map(|_| {
                 let part = self.g.view_2d(experts, n_embd, n_tokens, stride);
                 self.g.expand(part);

@@ -296,6 +296,11 @@ impl Graph {
         id
     }
 
+    /// How many to build of so many alike steps, each of which leaves the free blocks as it found them.
+    pub(super) fn alike(&self, steps: i64) -> i64 {
+        if self.merges { steps.min(2) } else { steps }
+    }
+
     /// [`unary`](Self::unary), or [`rms_norm`](Self::rms_norm), of what nothing else reads.
     #[cfg_attr(test, track_caller)]
     pub(super) fn unary_alone(&mut self, a: TensorId) -> TensorId {

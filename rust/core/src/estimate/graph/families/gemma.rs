@@ -210,7 +210,7 @@ pub(super) fn gemma3n(b: &mut Builder<'_>) {
     let merged = b.g.mul_mat(weight, rest);
     let merged = rescaled(b, merged, target);
     let mut cur = slice(b, cur);
-    for _ in 0..others {
+    for _ in 0..b.g.alike(others) {
         let one = slice(b, merged);
         cur = b.g.add(cur, one);
     }

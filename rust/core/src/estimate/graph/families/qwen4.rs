@@ -148,7 +148,7 @@ fn head(b: &mut Builder<'_>, x: TensorId) -> TensorId {
     let stride = b.g.nb(all)[2];
     let first = b.g.view_2d(all, n_embd, rows, stride);
     let mut sum = b.g.cont(first);
-    for _ in 1..streams {
+    for _ in 1..b.g.alike(streams) {
         let one = b.g.view_2d(all, n_embd, rows, stride);
         sum = b.g.add(sum, one);
     }
@@ -234,7 +234,7 @@ fn pick(
     let members = b.g.reshape(members, [i.length, i.ratio, i.blocks, streams]);
     let [_, _, b2, b3] = b.g.nb(members);
     let mut pooled = NONE;
-    for _ in 0..i.ratio {
+    for _ in 0..b.g.alike(i.ratio) {
         let slice =
             b.g.view_3d(members, [i.length, i.blocks, streams], [b2, b3]);
         let slice = b.g.cont(slice);
@@ -261,7 +261,7 @@ fn pick(
     let scores = b.g.unary_alone(scores);
     let [_, _, b2, b3] = b.g.nb(scores);
     let mut sum = NONE;
-    for _ in 0..i.heads {
+    for _ in 0..b.g.alike(i.heads) {
         let slice = b.g.view_3d(scores, [i.blocks, tokens, streams], [b2, b3]);
         sum = if sum.is_some() {
             b.g.add(sum, slice)

@@ -87,7 +87,7 @@ pub(super) fn stream(b: &mut Builder<'_>, x: TensorId, gates: TensorId) -> [Tens
 /// The sum of the streams, each times its gate.
 pub(super) fn reduce(b: &mut Builder<'_>, x: TensorId, gates: TensorId) -> TensorId {
     let mut sum = NONE;
-    for _ in 0..b.g.ne(x)[1] {
+    for _ in 0..b.g.alike(b.g.ne(x)[1]) {
         let [one, gate] = stream(b, x, gates);
         let part = b.g.mul(one, gate);
         sum = if sum.is_some() {
@@ -103,7 +103,7 @@ pub(super) fn reduce(b: &mut Builder<'_>, x: TensorId, gates: TensorId) -> Tenso
 pub(super) fn mean(b: &mut Builder<'_>, x: TensorId) -> TensorId {
     let ([n_embd, streams, n_tokens, _], [_, _, stride, _]) = (b.g.ne(x), b.g.nb(x));
     let mut sum = b.g.view_2d(x, n_embd, n_tokens, stride);
-    for _ in 1..streams {
+    for _ in 1..b.g.alike(streams) {
         let one = b.g.view_2d(x, n_embd, n_tokens, stride);
         sum = b.g.add(sum, one);
     }
