@@ -19,7 +19,7 @@ I32, F32 = 5, 6
 def write_stretched(header: lg.Header, path: Path, layers: int) -> Path:
     """``header`` with ``layers`` layers, without a vocabulary.
 
-    The pattern in which the layers behind the leading dense ones follow each other goes on.
+    The pattern in which the layers behind the leading ones follow each other goes on.
     """
     architecture = header.architecture
     have = _number(header, "block_count")
@@ -74,12 +74,24 @@ def _order(header: lg.Header, by_layer: dict[int, list[lg.Tensor]], layers: int)
 
     leading = _number(header, "leading_dense_block_count")
     first = leading if leading < have - tail else 0
-    body = [kind(layer) for layer in range(first, have - tail)]
-    period = next(period for period in range(1, len(body) + 1) if body[period:] == body[: len(body) - period])
+    period = _period([kind(layer) for layer in range(first, have - tail)])
     order = list(range(have - tail))
     while len(order) + tail < layers:
         order.append(order[-period])
     return order + list(range(have - tail, have))
+
+
+def _period(kinds: list[Any]) -> int:
+    """After how many layers the pattern begins anew; one or two may lead where the others then repeat."""
+
+    def shortest(body: list[Any]) -> int:
+        return next(period for period in range(1, len(body) + 1) if body[period:] == body[: len(body) - period])
+
+    for lead in range(min(3, len(kinds))):
+        period = shortest(kinds[lead:])
+        if 2 * period <= len(kinds) - lead:
+            return period
+    return shortest(kinds)
 
 
 def encoded(value: Any) -> tuple[int, bytes]:

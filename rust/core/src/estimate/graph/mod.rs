@@ -11,7 +11,8 @@
 //! ```
 //!
 //! llama.cpp's dry run counts the prompt-processing graph only; so does this. Layers that repeat are planned a few times, not all of
-//! them: the allocator is in the same state after every one.
+//! them: the allocator is in the same state after every one. Views are no nodes, and what takes no place is none where it decides
+//! nothing (merging).
 
 #![expect(
     clippy::many_single_char_names,
@@ -35,6 +36,7 @@ mod experts;
 mod families;
 mod layers;
 mod lifetimes;
+mod merging;
 mod model;
 mod names;
 mod ops;

@@ -20,9 +20,9 @@ pub(super) struct Graph {
     pub(super) fused: Vec<(Fused, TensorId, usize)>,
     /// Rounds of layers that stand for more.
     pub(super) repeats: Vec<Repeat>,
-    /// Operations that write over what they alone read are one with what made it: who runs them decides nothing.
+    /// Operations that need no place of their own are one with what made their source (see [`merging`](super::merging)).
     pub(super) merges: bool,
-    /// Those that are not.
+    /// Those that are not, and where they are described.
     #[cfg(test)]
     pub(super) alone: Vec<(TensorId, &'static std::panic::Location<'static>)>,
 }
@@ -163,7 +163,7 @@ impl Graph {
     }
 
     /// A result with the type and shape of `a`.
-    fn like(&mut self, op: Op, a: TensorId, sources: &[TensorId]) -> TensorId {
+    pub(super) fn like(&mut self, op: Op, a: TensorId, sources: &[TensorId]) -> TensorId {
         let (element, ne) = (self.element(a), self.ne(a));
         self.result(op, element, ne, sources)
     }
@@ -180,7 +180,7 @@ impl Graph {
         id
     }
 
-    fn root(&self, a: TensorId) -> TensorId {
+    pub(super) fn root(&self, a: TensorId) -> TensorId {
         let view_of = self.get(a).view_of;
         if view_of.is_some() { view_of } else { a }
     }
@@ -281,41 +281,6 @@ impl Graph {
     }
 
     // operations that may write over a source
-
-    /// An operation on `a`, which nothing else reads, that needs no place of its own: it is one with what made `a` where that decides
-    /// nothing else.
-    #[cfg_attr(test, track_caller)]
-    fn alone(&mut self, a: TensorId, sources: &[TensorId]) -> TensorId {
-        let tensor = self.get(a);
-        if self.merges && !matches!(tensor.op, Op::Leaf | Op::View) && !tensor.is_view() {
-            return a;
-        }
-        let id = self.like(Op::InPlace, a, sources);
-        #[cfg(test)]
-        self.alone.push((id, std::panic::Location::caller()));
-        id
-    }
-
-    /// How many to build of so many alike steps, each of which leaves the free blocks as it found them.
-    pub(super) fn alike(&self, steps: i64) -> i64 {
-        if self.merges { steps.min(2) } else { steps }
-    }
-
-    /// [`unary`](Self::unary), or [`rms_norm`](Self::rms_norm), of what nothing else reads.
-    #[cfg_attr(test, track_caller)]
-    pub(super) fn unary_alone(&mut self, a: TensorId) -> TensorId {
-        self.alone(a, &[a])
-    }
-
-    /// [`add`](Self::add) or [`mul`](Self::mul) of a weight to what nothing else reads.
-    #[cfg_attr(test, track_caller)]
-    pub(super) fn weigh(&mut self, a: TensorId, weight: TensorId) -> TensorId {
-        if self.get(self.root(weight)).storage == Storage::Weights(0) {
-            self.alone(a, &[a, weight])
-        } else {
-            self.add(a, weight)
-        }
-    }
 
     /// Add, sub, mul, div: the shape of `a`.
     pub(super) fn add(&mut self, a: TensorId, b: TensorId) -> TensorId {

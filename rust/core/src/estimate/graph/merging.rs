@@ -1,0 +1,50 @@
+//! Operations that need no node of their own.
+//!
+//! An operation that writes over its source, which nothing else reads, takes no place and gives none back. Where all nodes run on one
+//! backend, nothing else depends on it either: it is left out, and what would read it reads its source. Of large models' nodes that is a
+//! tenth to a third.
+
+use super::ops::Graph;
+use super::tensor::{Op, Storage, TensorId};
+
+impl Graph {
+    /// Whether an operation made `a`, in a place of its own.
+    pub(super) fn is_made(&self, a: TensorId) -> bool {
+        let tensor = self.get(a);
+        !matches!(tensor.op, Op::Leaf | Op::View) && !tensor.is_view()
+    }
+
+    #[cfg_attr(test, track_caller)]
+    fn merged(&mut self, a: TensorId, sources: &[TensorId]) -> TensorId {
+        if self.merges && self.is_made(a) {
+            return a;
+        }
+        let id = self.like(Op::InPlace, a, sources);
+        #[cfg(test)]
+        self.alone.push((id, std::panic::Location::caller()));
+        id
+    }
+
+    /// [`unary`](Self::unary), or [`rms_norm`](Self::rms_norm), of what nothing else reads.
+    #[cfg_attr(test, track_caller)]
+    pub(super) fn unary_alone(&mut self, a: TensorId) -> TensorId {
+        self.merged(a, &[a])
+    }
+
+    /// [`add`](Self::add) or [`mul`](Self::mul) of a weight to what nothing else reads; a weight of another backend would draw the
+    /// operation there.
+    #[cfg_attr(test, track_caller)]
+    pub(super) fn weigh(&mut self, a: TensorId, weight: TensorId) -> TensorId {
+        if self.get(self.root(weight)).storage == Storage::Weights(0) {
+            self.merged(a, &[a, weight])
+        } else {
+            self.add(a, weight)
+        }
+    }
+
+    /// How many to build of so many alike steps, each of which leaves the free blocks as it found them: the second takes what all
+    /// later ones do.
+    pub(super) fn alike(&self, steps: i64) -> i64 {
+        if self.merges { steps.min(2) } else { steps }
+    }
+}
