@@ -119,14 +119,14 @@ pub(super) fn deepseek4(b: &mut Builder<'_>) {
     for il in b.layers_by(|il| u64::from(ratio(il)) * 2 + u64::from(il < hashed)) {
         b.enter(il);
         let mixed = streams::before(b, cur, streams::ATTENTION);
-        let normed = b.rms(mixed.cur, "attn_norm");
+        let normed = b.rms_alone(mixed.cur, "attn_norm");
         let attended = attention(b, normed, &inputs, ratio(il));
         let middle = streams::after(b, attended, cur, mixed);
         let mixed = streams::before(b, middle, streams::FEED_FORWARD);
         for part in [middle, mixed.post, mixed.comb] {
             b.g.expand(part);
         }
-        let normed = b.rms(mixed.cur, "ffn_norm");
+        let normed = b.rms_alone(mixed.cur, "ffn_norm");
         let fed = feed_forward(b, normed);
         cur = streams::after(b, fed, middle, mixed);
     }

@@ -224,7 +224,7 @@ pub(super) fn gemma3n(b: &mut Builder<'_>) {
 fn magnitude(b: &mut Builder<'_>, cur: TensorId) -> TensorId {
     let squares = b.g.unary(cur);
     let sum = b.g.sum_rows(squares);
-    b.g.unary(sum)
+    b.g.unary_alone(sum)
 }
 
 fn rescaled(b: &mut Builder<'_>, cur: TensorId, target: TensorId) -> TensorId {
@@ -243,7 +243,7 @@ fn router(b: &mut Builder<'_>, cur: TensorId) -> TensorId {
     let normed = b.rms(cur, "altup_router_norm");
     let normed = b.g.unary_alone(normed);
     let out = b.matmul("altup_router", normed);
-    b.g.unary(out)
+    b.g.unary_alone(out)
 }
 
 /// `altup_predict`: what every stream will be.
@@ -292,7 +292,7 @@ fn attended(
     let cur = b.rms_alone(cur, "post_attention_norm");
     let cur = b.g.add(cur, active);
     let sum = b.g.add(cur, shortcut);
-    b.g.unary(sum)
+    b.g.unary_alone(sum)
 }
 
 fn sparse_feed_forward(b: &mut Builder<'_>, normed: TensorId, sparse: bool) -> TensorId {
@@ -303,12 +303,12 @@ fn sparse_feed_forward(b: &mut Builder<'_>, normed: TensorId, sparse: bool) -> T
         let centred = b.g.add(gate, mean);
         let squares = b.g.unary(centred);
         let sum = b.g.sum_rows(squares);
-        let scaled = b.g.unary(sum);
-        let deviation = b.g.unary(scaled);
-        let scaled = b.g.unary(deviation);
+        let scaled = b.g.unary_alone(sum);
+        let deviation = b.g.unary_alone(scaled);
+        let scaled = b.g.unary_alone(deviation);
         let cutoff = b.g.add(mean, scaled);
         let kept = b.g.add(gate, cutoff);
-        gate = b.g.unary(kept);
+        gate = b.g.unary_alone(kept);
     }
     let gate = b.g.unary_alone(gate);
     let cur = b.g.mul(up, gate);
@@ -325,5 +325,5 @@ fn first_prediction(b: &mut Builder<'_>, corrected: TensorId, inputs: TensorId) 
     let own = slice(b, inputs);
     let first = b.g.mul(first, own);
     let first = b.matmul("proj", first);
-    b.rms(first, "post_norm")
+    b.rms_alone(first, "post_norm")
 }

@@ -25,7 +25,7 @@ pub(super) fn next(b: &mut Builder<'_>) {
     for il in b.layers_by_owner(|il| owner(&owners, il)) {
         b.enter(il);
         let mixed = streams::before(b, cur, streams::ATTENTION);
-        let normed = b.rms(mixed.cur, "attn_norm");
+        let normed = b.rms_alone(mixed.cur, "attn_norm");
         b.g.expand(normed);
         let given = if b.hyper.is_recurrent(il as u32) {
             kimi(b, states, normed)
@@ -39,7 +39,7 @@ pub(super) fn next(b: &mut Builder<'_>) {
         };
         let middle = streams::after(b, given, cur, mixed);
         let mixed = streams::before(b, middle, streams::FEED_FORWARD);
-        let normed = b.rms(mixed.cur, "ffn_norm");
+        let normed = b.rms_alone(mixed.cur, "ffn_norm");
         let fed = feed_forward(b, normed);
         cur = streams::after(b, fed, middle, mixed);
         streams::may_stray(b, cur);

@@ -110,7 +110,7 @@ fn pooled(b: &mut Builder<'_>, normed: TensorId, p: Pools) -> TensorId {
     let [gates, keys] = [gates, keys].map(|part| b.g.permute(part, [1, 0, 2, 3]));
     let gates = b.g.cont(gates);
     let gates = b.g.reshape_2d(gates, p.size, length * p.fresh);
-    let shares = b.g.unary(gates);
+    let shares = b.g.unary_alone(gates);
     let shares = b.g.reshape_3d(shares, p.size, length, p.fresh);
     let keys = b.g.cont(keys);
     let fresh = b.g.mul(shares, keys);

@@ -127,7 +127,7 @@ fn channel_block(
     } else {
         let receptance = lerped(b, change, "channel_mix_lerp_r", second);
         let receptance = b.project("channel_mix_receptance", receptance);
-        b.g.unary(receptance)
+        b.g.unary_alone(receptance)
     };
     let key = b.project("channel_mix_key", key);
     let key = b.g.unary_alone(key);

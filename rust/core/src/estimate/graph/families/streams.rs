@@ -72,7 +72,7 @@ pub(super) fn head_gate(b: &mut Builder<'_>, x: TensorId) -> TensorId {
     let mixes = coefficients(b, x, weight);
     let gate = affine(b, mixes, [scale, base]);
     let gate = b.g.unary_alone(gate);
-    b.g.unary(gate)
+    b.g.unary_alone(gate)
 }
 
 /// One stream of `x`, and its gate.
@@ -107,7 +107,7 @@ pub(super) fn mean(b: &mut Builder<'_>, x: TensorId) -> TensorId {
         let one = b.g.view_2d(x, n_embd, n_tokens, stride);
         sum = b.g.add(sum, one);
     }
-    b.g.unary(sum)
+    b.g.unary_alone(sum)
 }
 
 /// What a block reads, and how what it gives is spread over the streams.
