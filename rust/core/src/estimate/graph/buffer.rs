@@ -103,7 +103,7 @@ impl Buffer {
         block.start += bytes;
         block.bytes -= bytes;
         if block.bytes == 0 {
-            self.free.remove(choice);
+            self.remove(choice);
         }
         self.peak = self.peak.max(offset + bytes);
         offset
@@ -134,7 +134,25 @@ impl Buffer {
             start: offset,
             bytes,
         };
-        self.free.insert(behind, alone);
+        self.insert(behind, alone);
+    }
+
+    /// `Vec::insert`, which is slower for the few blocks that there are.
+    fn insert(&mut self, at: usize, mut block: Block) {
+        for later in self.free.iter_mut().skip(at) {
+            std::mem::swap(later, &mut block);
+        }
+        self.free.push(block);
+    }
+
+    /// `Vec::remove`, likewise.
+    fn remove(&mut self, at: usize) {
+        let Some(mut last) = self.free.pop() else {
+            return;
+        };
+        for later in self.free.iter_mut().skip(at).rev() {
+            std::mem::swap(later, &mut last);
+        }
     }
 
     /// A block and the next one become one where they touch.
@@ -144,7 +162,7 @@ impl Buffer {
             && next.start == block.end()
         {
             block.bytes += next.bytes;
-            self.free.remove(at + 1);
+            self.remove(at + 1);
         }
     }
 }
