@@ -8,10 +8,10 @@ use super::ops::Graph;
 use super::tensor::{Op, Storage, TensorId};
 
 impl Graph {
-    /// Whether an operation made `a`, in a place of its own.
+    /// Whether an operation made `a`, in a place of its own; flash attention may run on the host all the same.
     pub(super) fn is_made(&self, a: TensorId) -> bool {
         let tensor = self.get(a);
-        !matches!(tensor.op, Op::Leaf | Op::View) && !tensor.is_view()
+        !matches!(tensor.op, Op::Leaf | Op::View | Op::FlashAttention) && !tensor.is_view()
     }
 
     #[cfg_attr(test, track_caller)]
