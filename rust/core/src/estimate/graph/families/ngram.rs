@@ -78,7 +78,7 @@ fn convolved(b: &mut Builder<'_>, input: StateInput, x: TensorId) -> TensorId {
     let kernel = b.weight("ple_conv1d");
     let row = b.g.nb(kernel)[1];
     let mut sum = NONE;
-    for _ in 0..taps {
+    for _ in 0..b.g.alike(taps) {
         let shifted = b.g.view_3d(padded, [tokens, width, seqs], [b1, b2]);
         let shifted = b.g.transpose(shifted);
         let shifted = b.g.cont(shifted);
