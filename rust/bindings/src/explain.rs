@@ -7,13 +7,10 @@ use llama_gpu_core::placement::{
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 
-use crate::estimate::{estimate_error, facts_of};
-use crate::gguf::header_from_any;
+use crate::estimate::estimate_error;
 use crate::gpu::repr_from_fields;
-use crate::placement::{
-    Gpus, PyPlacedDevice, PyPlacement, PyPolicy, PyRunning, does_not_fit, elements,
-    estimate_options,
-};
+use crate::placement::{PyPlacedDevice, PyPlacement, PyPolicy, does_not_fit};
+use crate::question::Question;
 
 #[pyclass(frozen, eq, name = "Alternative", module = "llama_gpu")]
 #[derive(PartialEq)]
@@ -135,17 +132,16 @@ pub(crate) fn explain(
     options: Option<&Bound<'_, PyDict>>,
 ) -> PyResult<PyExplanation> {
     let py = model.py();
-    let header = header_from_any(model)?;
-    let parsed = estimate_options("explain", options)?;
-    let facts = facts_of(py, &header)?;
+    let Question {
+        header,
+        facts,
+        parsed,
+        gpus,
+        running,
+    } = Question::read("explain", model, gpus, running, options)?;
     let default = Policy::default();
     let policy = policy.map_or(&default, |policy| &policy.get().0);
-    let running: Vec<Bound<'_, PyRunning>> = match running {
-        None => Vec::new(),
-        Some(running) => elements(running, "running must be a sequence of Running")?,
-    };
     let running: Vec<&Running> = running.iter().map(|model| &model.get().0).collect();
-    let gpus = Gpus::from_any(gpus)?;
     let gpus: Vec<&Gpu> = gpus.as_refs();
     explain_placement(
         &facts,

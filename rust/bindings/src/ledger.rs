@@ -6,7 +6,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 
 use crate::errors::raise;
-use crate::placement::Gpus;
+use crate::question::Gpus;
 
 #[pyclass(frozen, name = "Ledger", module = "llama_gpu")]
 pub(crate) struct PyLedger(Ledger);

@@ -9,6 +9,7 @@ mod ledger;
 mod metadata;
 mod placement;
 mod plan;
+mod question;
 
 #[pyo3::pymodule(gil_used = false)]
 mod _core {

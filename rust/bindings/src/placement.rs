@@ -13,9 +13,9 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyDict, PyString, PyTuple};
 
 use crate::errors::raise;
-use crate::estimate::{ParsedOptions, PyMemoryEstimate, estimate_error, facts_of};
-use crate::gguf::header_from_any;
-use crate::gpu::{PyGpu, PyGpuSnapshot, repr_from_fields};
+use crate::estimate::{ParsedOptions, PyMemoryEstimate, estimate_error};
+use crate::gpu::repr_from_fields;
+use crate::question::Question;
 
 pub(crate) type NewArguments<'py> = (Bound<'py, PyTuple>, Bound<'py, PyDict>);
 
@@ -415,47 +415,6 @@ impl PyPlacement {
     }
 }
 
-/// GPUs that stay where Python keeps them: thousands are not worth copying.
-pub(crate) enum Gpus<'py> {
-    Snapshot(Bound<'py, PyGpuSnapshot>),
-    Sequence(Vec<Bound<'py, PyGpu>>),
-}
-
-impl<'py> Gpus<'py> {
-    /// # Errors
-    /// `TypeError` for what is neither a `GpuSnapshot` nor a sequence of `Gpu`.
-    pub(crate) fn from_any(gpus: &Bound<'py, PyAny>) -> PyResult<Self> {
-        if let Ok(snapshot) = gpus.cast::<PyGpuSnapshot>() {
-            return Ok(Self::Snapshot(snapshot.clone()));
-        }
-        elements(gpus, "gpus must be a GpuSnapshot or a sequence of Gpu").map(Self::Sequence)
-    }
-
-    pub(crate) fn as_refs(&self) -> Vec<&Gpu> {
-        match self {
-            Self::Snapshot(snapshot) => snapshot.get().0.gpus.iter().collect(),
-            Self::Sequence(gpus) => gpus.iter().map(|gpu| &gpu.get().0).collect(),
-        }
-    }
-}
-
-/// Every element of a sequence as the class it must have.
-pub(crate) fn elements<'py, Class: pyo3::PyClass>(
-    sequence: &Bound<'py, PyAny>,
-    wanted: &str,
-) -> PyResult<Vec<Bound<'py, Class>>> {
-    let mut found = Vec::with_capacity(sequence.len().unwrap_or(0));
-    for element in sequence.try_iter()? {
-        let element = element?;
-        let Ok(element) = element.cast::<Class>() else {
-            let given = element.get_type().name()?;
-            return Err(PyTypeError::new_err(format!("{wanted}, not of {given}")));
-        };
-        found.push(element.clone());
-    }
-    Ok(found)
-}
-
 /// Models that have been asked about, with what was estimated of them; the latest comes last.
 static KNOWN: Mutex<Vec<KnownModel>> = Mutex::new(Vec::new());
 const MOST_KNOWN: usize = 64;
@@ -539,17 +498,16 @@ pub(crate) fn place(
     options: Option<&Bound<'_, PyDict>>,
 ) -> PyResult<PyPlacement> {
     let py = model.py();
-    let header = header_from_any(model)?;
-    let parsed = estimate_options("place", options)?;
-    let facts = facts_of(py, &header)?;
+    let Question {
+        header,
+        facts,
+        parsed,
+        gpus,
+        running,
+    } = Question::read("place", model, gpus, running, options)?;
     let default = Policy::default();
     let policy = policy.map_or(&default, |policy| &policy.get().0);
-    let running: Vec<Bound<'_, PyRunning>> = match running {
-        None => Vec::new(),
-        Some(running) => elements(running, "running must be a sequence of Running")?,
-    };
     let running: Vec<&Running> = running.iter().map(|model| &model.get().0).collect();
-    let gpus = Gpus::from_any(gpus)?;
     let mut known = KnownModel::take(facts, parsed);
     let placed = known.place(&gpus.as_refs(), policy, &running);
     known.keep();
@@ -557,23 +515,6 @@ pub(crate) fn place(
         PlaceError::Estimate(error) => estimate_error(py, &header, &error),
         PlaceError::DoesNotFit(refusal) => does_not_fit(py, &refusal),
     })
-}
-
-/// What `estimate` takes by keyword, without what `place` is asked to find out.
-pub(crate) fn estimate_options(
-    function: &str,
-    keywords: Option<&Bound<'_, PyDict>>,
-) -> PyResult<ParsedOptions> {
-    let mut parsed = ParsedOptions::default();
-    for (key, value) in keywords.into_iter().flatten() {
-        let key: String = key.extract()?;
-        let is_the_answer = key == "devices" || key == "tensor_split";
-        if is_the_answer || !parsed.set(&key, &value)? {
-            let message = format!("{function}() got an unexpected keyword argument '{key}'");
-            return Err(PyTypeError::new_err(message));
-        }
-    }
-    Ok(parsed)
 }
 
 /// The error to raise, or to hand out as a value.

@@ -13,9 +13,8 @@ use pyo3::types::{PyDict, PyTuple};
 use crate::estimate::{ParsedOptions, estimate_error, facts_of};
 use crate::gguf::header_from_any;
 use crate::gpu::repr_from_fields;
-use crate::placement::{
-    Gpus, NewArguments, PyPlacement, PyPolicy, does_not_fit, elements, estimate_options, gpu_names,
-};
+use crate::placement::{NewArguments, PyPlacement, PyPolicy, does_not_fit, gpu_names};
+use crate::question::{Gpus, elements, estimate_options};
 
 #[pyclass(frozen, name = "Wanted", module = "llama_gpu")]
 pub(crate) struct PyWanted {

@@ -17,27 +17,7 @@ use llama_gpu_core::placement::{
     Strategy as Choice, explain, place,
 };
 use proptest::prelude::*;
-use support::{LARGE, SMALL};
-
-const GIB: u64 = 1 << 30;
-
-fn gpu(index: u32, total_gib: u64, free_gib: u64) -> Gpu {
-    Gpu {
-        index,
-        uuid: format!("GPU-{index}"),
-        total_bytes: Some(total_gib * GIB),
-        free_bytes: Some(free_gib * GIB),
-        ..Gpu::default()
-    }
-}
-
-fn running(id: &str, gpu: u32, gib: u64) -> Running {
-    Running {
-        id: id.to_owned(),
-        bytes_by_gpu: vec![(format!("GPU-{gpu}"), gib * GIB)],
-        ..Running::default()
-    }
-}
+use support::{GIB, LARGE, SMALL, gpu, running};
 
 fn explained(
     facts: &ModelFacts,

@@ -17,26 +17,13 @@ use llama_gpu_core::model::ModelFacts;
 use llama_gpu_core::placement::{
     CpuUse, DoesNotFit, GpuName, Mode, PlaceError, Placement, Policy, Running, Strategy, place,
 };
-use support::{LARGE, Llama, SMALL};
+use support::{GIB, LARGE, Llama, SMALL, gpu};
 
-const GIB: u64 = 1 << 30;
-
-fn gpu(index: u32, total_gib: u64, free_gib: u64) -> Gpu {
-    Gpu {
-        index,
-        uuid: format!("GPU-{index}"),
-        total_bytes: Some(total_gib * GIB),
-        free_bytes: Some(free_gib * GIB),
-        ..Gpu::default()
-    }
-}
-
+/// Idle for a minute.
 fn running(id: &str, gpu: u32, gib: u64) -> Running {
     Running {
-        id: id.to_owned(),
-        bytes_by_gpu: vec![(format!("GPU-{gpu}"), gib * GIB)],
         idle_seconds: 60.0,
-        ..Running::default()
+        ..support::running(id, gpu, gib)
     }
 }
 

@@ -1,9 +1,33 @@
-//! A llama header of any size, without the weights it speaks of.
+//! Made-up GPUs, running models, and a llama header of any size without the weights it speaks of.
 
 #![allow(dead_code, reason = "each test program uses what it needs of this")]
 
 use llama_gpu_core::gguf::{Header, parse};
+use llama_gpu_core::gpu::Gpu;
 use llama_gpu_core::model::ModelFacts;
+use llama_gpu_core::placement::Running;
+
+pub(crate) const GIB: u64 = 1 << 30;
+
+/// `GPU-index`, of which so much is free.
+pub(crate) fn gpu(index: u32, total_gib: u64, free_gib: u64) -> Gpu {
+    Gpu {
+        index,
+        uuid: format!("GPU-{index}"),
+        total_bytes: Some(total_gib * GIB),
+        free_bytes: Some(free_gib * GIB),
+        ..Gpu::default()
+    }
+}
+
+/// A model that runs on `GPU-gpu`.
+pub(crate) fn running(id: &str, gpu: u32, gib: u64) -> Running {
+    Running {
+        id: id.to_owned(),
+        bytes_by_gpu: vec![(format!("GPU-{gpu}"), gib * GIB)],
+        ..Running::default()
+    }
+}
 
 /// The shape of a made-up llama.
 #[derive(Clone, Copy, Debug)]

@@ -121,18 +121,29 @@ impl Player<'_> {
     }
 
     fn play<'c>(&mut self, changes: impl IntoIterator<Item = &'c Change>) {
+        self.play_before(changes, |_, _, _, _| {});
+    }
+
+    /// Plays changes; `watch` sees the buffer, its number, the bytes and the chosen block before each is taken.
+    fn play_before<'c>(
+        &mut self,
+        changes: impl IntoIterator<Item = &'c Change>,
+        mut watch: impl FnMut(&Buffer, u8, i64, usize),
+    ) {
         for change in changes {
             match *change {
                 Change::Take {
                     slot,
-                    buffer,
+                    buffer: number,
                     bytes,
                     ..
                 } => {
-                    let offset = match self.buffers.get_mut(usize::from(buffer)) {
-                        Some(buffer) => buffer.allocate(bytes),
-                        None => 0,
+                    let Some(buffer) = self.buffers.get_mut(usize::from(number)) else {
+                        continue;
                     };
+                    let choice = buffer.choice(bytes);
+                    watch(buffer, number, bytes, choice);
+                    let offset = buffer.take(choice, bytes);
                     self.put(slot, offset);
                 }
                 Change::GiveBack {
@@ -299,33 +310,10 @@ impl Player<'_> {
         run: usize,
     ) -> usize {
         let mut calm = i64::MAX;
-        for change in changes {
-            match *change {
-                Change::Take {
-                    slot,
-                    buffer: number,
-                    bytes,
-                    ..
-                } => {
-                    let Some(buffer) = self.buffers.get_mut(usize::from(number)) else {
-                        continue;
-                    };
-                    let choice = buffer.choice(bytes);
-                    let growth = |block: &Block| growth(number, *block, stretches, run);
-                    calm = calm.min(calm_runs(buffer, bytes, choice, growth));
-                    let offset = buffer.take(choice, bytes);
-                    self.put(slot, offset);
-                }
-                Change::GiveBack {
-                    slot,
-                    buffer,
-                    kept,
-                    bytes,
-                    ..
-                } => self.give_back(slot, buffer, kept, bytes),
-                Change::TakeOver { slot, from } => self.put(slot, self.place(from)),
-            }
-        }
+        self.play_before(changes, |buffer, number, bytes, choice| {
+            let growth = |block: &Block| growth(number, *block, stretches, run);
+            calm = calm.min(calm_runs(buffer, bytes, choice, growth));
+        });
         usize::try_from(calm).unwrap_or(usize::MAX)
     }
 }
