@@ -4,7 +4,7 @@
 use super::ops::Graph;
 use crate::gguf::GgmlType;
 
-use super::tensor::{Op, Tensor, row_bytes};
+use super::tensor::{Op, Tensor, TensorId, row_bytes};
 
 /// Rows of quantised tensors are padded to this many elements (`MATRIX_ROW_PADDING`).
 const ROW_PADDING: i64 = 512;
@@ -37,8 +37,8 @@ pub(super) fn offloads(tensor: &Tensor) -> bool {
 }
 
 fn parts<'a>(graph: &'a Graph, tensor: &Tensor) -> [&'a Tensor; 4] {
-    let [q, k, v, mask, ..] = tensor.sources;
-    [graph.get(q), graph.get(k), graph.get(v), graph.get(mask)]
+    let mut sources = tensor.sources();
+    [(); 4].map(|()| graph.get(sources.next().unwrap_or(TensorId::NONE)))
 }
 
 /// Whether a flash attention kernel exists for these shapes (`ggml_cuda_get_best_fattn_kernel`).

@@ -189,8 +189,11 @@ impl Graph {
     #[inline]
     pub(super) fn viewed(&self, a: TensorId) -> TensorId {
         let tensor = self.get(a);
-        let [source, ..] = tensor.sources;
-        if tensor.op == Op::View { source } else { a }
+        match tensor.op {
+            // of nothing, where a model lacks what is viewed
+            Op::View => tensor.sources().next().unwrap_or(TensorId::NONE),
+            _ => a,
+        }
     }
 
     /// What a node reads, views seen through.

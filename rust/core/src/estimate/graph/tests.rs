@@ -12,7 +12,7 @@ use super::buffer::Buffer;
 use super::ops::Graph;
 use super::repeats::{LEADING_LAYERS, representatives};
 use super::reserve::Batch;
-use super::tensor::Op;
+use super::tensor::{Op, TensorId};
 use super::{Workspace, families, plan};
 use crate::estimate::{Backend, CpuMoe, EstimateOptions, FlashAttention, Layout};
 use crate::gguf::{GgmlType, Header, parse};
@@ -84,6 +84,21 @@ fn sources_join_a_graph_before_what_reads_them_and_only_once() {
     graph.expand(normed);
     assert_eq!(graph.leaves, [input]);
     assert_eq!(graph.nodes, [normed, scaled, sum]);
+}
+
+#[test]
+fn a_view_of_what_a_model_lacks_reads_nothing_of_an_earlier_graph() {
+    let mut graph = Graph::default();
+    let x = graph.input(GgmlType::F32, [64, 2, 1, 1]);
+    for _ in 0..2 {
+        let view = graph.reshape_2d(x, 128, 1);
+        assert_eq!(graph.viewed(view), x);
+    }
+    graph.clear();
+    for _ in 0..3 {
+        let view = graph.reshape_2d(TensorId::NONE, 128, 1);
+        assert_eq!(graph.viewed(view), TensorId::NONE);
+    }
 }
 
 #[test]
