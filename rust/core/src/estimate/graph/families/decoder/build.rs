@@ -1,7 +1,7 @@
 //! The graph of a [`Decoder`]: layer by layer, each part as the description says.
 
 use super::super::super::attention::{AttentionInput, Extras};
-use super::super::super::builder::{Activation, Builder, NONE, Norm};
+use super::super::super::builder::{Builder, NONE, Norm};
 use super::super::super::experts::Gating;
 use super::super::super::tensor::TensorId;
 use super::super::special;
