@@ -85,7 +85,8 @@ def _period(kinds: list[Any]) -> int:
     """After how many layers the pattern begins anew; one or two may lead where the others then repeat."""
 
     def shortest(body: list[Any]) -> int:
-        return next(period for period in range(1, len(body) + 1) if body[period:] == body[: len(body) - period])
+        periods = range(1, len(body) + 1)
+        return next(period for period in periods if body[period:] == body[: len(body) - period])
 
     for lead in range(min(3, len(kinds))):
         period = shortest(kinds[lead:])
