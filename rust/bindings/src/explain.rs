@@ -1,6 +1,5 @@
 //! `explain` with its answer (`Explanation`, `Alternative`).
 
-use llama_gpu_core::gpu::Gpu;
 use llama_gpu_core::placement::{
     Alternative, Explanation, Policy, Running, explain as explain_placement,
 };
@@ -132,25 +131,18 @@ pub(crate) fn explain(
     options: Option<&Bound<'_, PyDict>>,
 ) -> PyResult<PyExplanation> {
     let py = model.py();
-    let Question {
-        header,
-        facts,
-        parsed,
-        gpus,
-        running,
-    } = Question::read("explain", model, gpus, running, options)?;
+    let question = Question::read("explain", model, gpus, running, options)?;
     let default = Policy::default();
-    let policy = policy.map_or(&default, |policy| &policy.get().0);
-    let running: Vec<&Running> = running.iter().map(|model| &model.get().0).collect();
-    let gpus: Vec<&Gpu> = gpus.as_refs();
+    let running = question.running.iter();
+    let running: Vec<&Running> = running.map(|model| &model.get().0).collect();
     explain_placement(
-        &facts,
-        &parsed.options,
-        parsed.companions(),
-        &gpus,
-        policy,
+        &question.facts,
+        &question.parsed.options,
+        question.parsed.companions(),
+        &question.gpus.as_refs(),
+        policy.map_or(&default, |policy| &policy.get().0),
         &running,
     )
     .map(PyExplanation)
-    .map_err(|error| estimate_error(py, &header, &error))
+    .map_err(|error| estimate_error(py, &question.header, &error))
 }

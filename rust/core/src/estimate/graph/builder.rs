@@ -242,10 +242,7 @@ impl<'a> Builder<'a> {
 
     #[cfg_attr(test, track_caller)]
     pub(super) fn norm(&mut self, cur: TensorId, name: &str, kind: Norm) -> TensorId {
-        let normed = match kind {
-            Norm::Layer => self.g.norm(cur),
-            Norm::Rms => self.g.rms_norm(cur),
-        };
+        let normed = self.bare_norm(cur, kind);
         self.norm_weights(normed, name)
     }
 
@@ -259,6 +256,13 @@ impl<'a> Builder<'a> {
     pub(super) fn rms_alone(&mut self, cur: TensorId, name: &str) -> TensorId {
         let normed = self.g.unary_alone(cur);
         self.norm_weights(normed, name)
+    }
+
+    fn bare_norm(&mut self, cur: TensorId, kind: Norm) -> TensorId {
+        match kind {
+            Norm::Layer => self.g.norm(cur),
+            Norm::Rms => self.g.rms_norm(cur),
+        }
     }
 
     /// A norm's weight and bias, where it has them.
@@ -287,10 +291,7 @@ impl<'a> Builder<'a> {
         bias: TensorId,
         kind: Norm,
     ) -> TensorId {
-        let normed = match kind {
-            Norm::Layer => self.g.norm(cur),
-            Norm::Rms => self.g.rms_norm(cur),
-        };
+        let normed = self.bare_norm(cur, kind);
         self.weighed(normed, [weight, bias])
     }
 

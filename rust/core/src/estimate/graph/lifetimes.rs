@@ -208,7 +208,7 @@ impl Finder<'_> {
         let (times, life) = (*times, self.life(id));
         if times > 0 && life.readers == times && life.views == 0 && life.allocated {
             let when = if life.own { When::Again } else { When::Last };
-            self.push_given_back(&life, when);
+            self.push_given_back(&life, 0, when);
             self.edit(id, |life| {
                 life.allocated = life.own;
                 life.ended = true;
@@ -220,15 +220,15 @@ impl Finder<'_> {
         let life = self.life(id);
         self.edit(id, |life| life.allocated = false);
         let when = self.when_given_back(&life);
-        self.push_given_back(&life, when);
+        self.push_given_back(&life, 0, when);
     }
 
-    fn push_given_back(&mut self, life: &Lifetime, when: When) {
+    fn push_given_back(&mut self, life: &Lifetime, kept: i64, when: When) {
         self.program.changes.push(Change::GiveBack {
             slot: life.slot,
             buffer: life.buffer,
-            kept: 0,
-            bytes: life.bytes,
+            kept,
+            bytes: life.bytes - kept,
             when,
         });
     }
@@ -324,13 +324,7 @@ impl Finder<'_> {
     fn give_back_behind(&mut self, old: &Lifetime, kept: i64) {
         if old.bytes > kept {
             let when = self.when_given_back(old);
-            self.program.changes.push(Change::GiveBack {
-                slot: old.slot,
-                buffer: old.buffer,
-                kept,
-                bytes: old.bytes - kept,
-                when,
-            });
+            self.push_given_back(old, kept, when);
         }
     }
 

@@ -3,7 +3,7 @@
 use crate::gguf::{self, GgmlType, Header, Metadata};
 use crate::model::weights::repacks;
 
-use super::names::{Places, name_hash, whole_hash};
+use super::names::{Places, name_hash, places, whole_hash};
 
 /// Larger hyper-parameters are read as this, so that products of a few stay far from overflow.
 const LARGEST: f64 = 16_777_216.0;
@@ -99,7 +99,7 @@ pub(super) struct Layer {
 impl Layer {
     /// The place of a tensor among `weights`.
     pub(super) fn place(&self, hash: u64) -> Option<usize> {
-        self.places.find(hash)
+        self.places.get(&hash).copied()
     }
 }
 
@@ -173,7 +173,7 @@ impl GraphModel {
         }
         for mut layer in kinds {
             layer.weights.sort_by_key(|(name, _)| *name);
-            layer.places = Places::of(layer.weights.iter().map(|(name, _)| *name));
+            layer.places = places(layer.weights.iter().map(|(name, _)| *name));
             let kind = model
                 .kinds
                 .iter()

@@ -1,5 +1,8 @@
 //! Names as numbers: while a graph is built, tensors and hyper-parameters are looked up hundreds of times per layer.
 
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+
 /// The hash of a name that is looked up as a whole.
 #[inline]
 pub(super) fn whole_hash(name: &str) -> u64 {
@@ -46,46 +49,30 @@ fn mixed(number: u64) -> u64 {
     (product >> 64) as u64 ^ product as u64
 }
 
-/// Where the names of a list stand in it: a hash table, half empty.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub(super) struct Places {
-    slots: Vec<Option<(u64, u32)>>,
+/// Where the names of a list stand in it, by their hashes.
+pub(super) type Places = HashMap<u64, usize, BuildHasherDefault<Hashed>>;
+
+/// The places of `hashes` in their order.
+pub(super) fn places(hashes: impl Iterator<Item = u64>) -> Places {
+    hashes.zip(0..).collect()
 }
 
-impl Places {
-    /// The places of `hashes`; of equal ones the first.
-    pub(super) fn of(hashes: impl ExactSizeIterator<Item = u64>) -> Self {
-        let mut places = Self {
-            slots: vec![None; (hashes.len() * 2).next_power_of_two()],
-        };
-        for (place, hash) in (0_u32..).zip(hashes) {
-            if places.find(hash).is_none()
-                && let Some(slot) = places.slot(hash)
-                && let Some(free) = places.slots.get_mut(slot)
-            {
-                *free = Some((hash, place));
-            }
+/// What is looked up is a hash already.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Hashed(u64);
+
+impl Hasher for Hashed {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.0 = self.0.rotate_left(8) ^ u64::from(*byte);
         }
-        places
     }
 
-    /// The slot of a hash, or the free one where it would be.
-    #[inline]
-    fn slot(&self, hash: u64) -> Option<usize> {
-        let mask = self.slots.len().checked_sub(1)?;
-        let start = hash as usize;
-        (0..=mask)
-            .map(|step| (start + step) & mask)
-            .find(|slot| match self.slots.get(*slot) {
-                Some(Some((known, _))) => *known == hash,
-                _ => true,
-            })
-    }
-
-    /// The place of a name by its hash.
-    #[inline]
-    pub(super) fn find(&self, hash: u64) -> Option<usize> {
-        let (_, place) = (*self.slots.get(self.slot(hash)?)?)?;
-        Some(place as usize)
+    fn write_u64(&mut self, hash: u64) {
+        self.0 = hash;
     }
 }

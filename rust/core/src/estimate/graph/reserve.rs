@@ -58,6 +58,8 @@ impl<'a> Batch<'a> {
     ) -> Self {
         let slots = i64::from(resolved.slots).max(1);
         let tokens = i64::from(resolved.context_length.min(resolved.micro_batch)).max(1);
+        let layers_together =
+            layout.devices == 0 || (layout.devices == 1 && offloads_layers(options, layout));
         Self {
             options,
             resolved,
@@ -79,16 +81,8 @@ impl<'a> Batch<'a> {
                 CpuMoe::All => usize::MAX,
             },
             cuda: options.backend == Backend::Cuda,
-            short_lead: options.kv_offload
-                && options.cpu_moe_layers == CpuMoe::None
-                && layout.devices <= 1
-                && (layout.devices == 0 || layout.layers.iter().all(Option::is_some)),
-            one_backend: layout.devices == 0
-                || (layout.devices == 1
-                    && options.kv_offload
-                    && options.cpu_moe_layers == CpuMoe::None
-                    && layout.output.is_some()
-                    && layout.layers.iter().all(Option::is_some)),
+            short_lead: layers_together,
+            one_backend: layers_together && (layout.devices == 0 || layout.output.is_some()),
             every_layer: false,
             may_give_up: false,
             given_up: Cell::new(false),
@@ -178,12 +172,9 @@ impl<'a> Batch<'a> {
     }
 
     pub(super) fn backends(&self) -> Backends {
-        let offloaded =
-            self.layout.output.is_some() && self.layout.layers.iter().all(Option::is_some);
         let pipelined = self.layout.devices > 1
-            && offloaded
-            && self.options.kv_offload
-            && self.options.cpu_moe_layers == CpuMoe::None;
+            && self.layout.output.is_some()
+            && offloads_layers(self.options, self.layout);
         Backends {
             devices: self.cpu(),
             copies: if pipelined { PIPELINE_COPIES } else { 1 },
@@ -210,6 +201,13 @@ impl<'a> Batch<'a> {
         rules.push(host);
         rules
     }
+}
+
+/// Whether devices hold all of every layer, its cache and experts too.
+fn offloads_layers(options: &EstimateOptions, layout: &Layout) -> bool {
+    options.kv_offload
+        && options.cpu_moe_layers == CpuMoe::None
+        && layout.layers.iter().all(Option::is_some)
 }
 
 /// Whether a layer has a KV cache of its own.

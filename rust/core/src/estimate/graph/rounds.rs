@@ -166,7 +166,10 @@ impl Schedule {
 
     /// What a copy was made of, or the tensor itself.
     fn source_of(&self, id: TensorId) -> TensorId {
-        let mut copied = self.copied.iter().filter(|_| self.is_copy(id));
+        if !self.is_copy(id) {
+            return id;
+        }
+        let mut copied = self.copied.iter();
         copied
             .find(|(_, copy)| *copy == id)
             .map_or(id, |(source, _)| *source)
