@@ -17,7 +17,7 @@ pub(super) struct Repeat {
     pub(super) period: usize,
     /// How often the round runs beside the built times.
     pub(super) more: usize,
-    /// One of the leading layers is left out: what it would have given is told by who reads it.
+    /// One of the leading layers is left out: what it would have given is told by who reads it. Other layers may follow at once.
     pub(super) short: bool,
 }
 
@@ -34,7 +34,7 @@ pub(super) fn representatives(
     while start < kinds.len() {
         let rest = kinds.get(start..).unwrap_or_default();
         let (period, more) = (1..=LONGEST_PERIOD.min(rest.len()))
-            .map(|period| (period, repeatable_rounds(rest, lead, period)))
+            .map(|period| (period, repeatable_rounds(rest, lead, period, short)))
             .max_by_key(|(period, more)| (more * period, std::cmp::Reverse(*period)))
             .unwrap_or((1, 0));
         if more == 0 {
@@ -55,12 +55,14 @@ pub(super) fn representatives(
     (built, repeats)
 }
 
-/// How many rounds of `period` kinds need not be built; at least one layer after them is, for it may feed the output.
-fn repeatable_rounds(kinds: &[u64], lead: usize, period: usize) -> usize {
+/// How many rounds of `period` kinds need not be built; a layer after them is, for the last may feed the output, and where copies between
+/// backends lie in layers what a round leaves to another kind of layer is not what it leaves to its like.
+fn repeatable_rounds(kinds: &[u64], lead: usize, period: usize, short: bool) -> usize {
     let alike = kinds
         .iter()
         .zip(kinds.iter().skip(period))
         .take_while(|(a, b)| a == b)
         .count();
-    (alike + period).saturating_sub(lead + period + 1) / period
+    let after = usize::from(!short || alike + period == kinds.len());
+    (alike + period).saturating_sub(lead + period + after) / period
 }

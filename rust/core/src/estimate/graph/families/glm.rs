@@ -22,7 +22,16 @@ pub(super) fn next(b: &mut Builder<'_>) {
     let owners = owners(b, |il| !b.hyper.is_recurrent(il as u32));
     let mut cur = streams::spread(b, embeddings);
     let mut picked = NONE;
-    for il in b.layers_by_owner(|il| owner(&owners, il)) {
+    let hyper = b.hyper;
+    // delta layers read nothing that is picked: which layer picks is no matter to them
+    let picks_for = |il: usize| {
+        if hyper.is_recurrent(il as u32) {
+            il
+        } else {
+            owner(&owners, il)
+        }
+    };
+    for il in b.layers_by_owner(picks_for) {
         b.enter(il);
         let mixed = streams::before(b, cur, streams::ATTENTION);
         let normed = b.rms_alone(mixed.cur, "attn_norm");
