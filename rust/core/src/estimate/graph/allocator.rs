@@ -219,6 +219,8 @@ impl Player<'_> {
         }
         let mut run = 0;
         let mut watching = false;
+        // watching takes time: the more of it was in vain, the later it begins again
+        let (mut repeated, mut patience) = (0, 1);
         while run < round.more {
             let changes = of_run(changes, run == 0, false);
             let calm = if stretches.is_empty() {
@@ -242,7 +244,7 @@ impl Player<'_> {
             let mut now = self.handover(run, places, calm);
             let same = |earlier: &Handover| repeats(earlier, &now, stretches);
             let position = seen.iter().rposition(same);
-            watching = position.is_some();
+            repeated = position.map_or(0, |_| repeated + 1);
             if let Some(position) = position
                 && let Some((earlier, since)) = seen.get(position..).and_then(<[_]>::split_first)
                 && let Some(calm) = since.iter().map(|one| one.calm).fold(calm, Option::min)
@@ -251,10 +253,14 @@ impl Player<'_> {
                 let cycles = ((round.more - run) / cycle).min(calm / cycle);
                 self.leap(earlier, &mut now, cycles);
                 run = now.run;
+                repeated = 0;
+                patience += 1;
                 if cycles > 0 {
                     seen.clear();
+                    patience = 1;
                 }
             }
+            watching = repeated >= patience;
             seen.push(now);
             self.shift(reserves, stretches, run);
         }
@@ -310,9 +316,10 @@ impl Player<'_> {
         run: usize,
     ) -> usize {
         let mut calm = i64::MAX;
+        let begins = begins(stretches, run);
         self.play_before(changes, |buffer, number, bytes, choice| {
-            let growth = |block: &Block| growth(number, *block, stretches, run);
-            calm = calm.min(calm_runs(buffer, bytes, choice, growth));
+            let growth = |block: &Block| growth(number, *block, &begins);
+            calm = calm_runs(buffer, bytes, choice, growth, calm);
         });
         usize::try_from(calm).unwrap_or(usize::MAX)
     }
@@ -329,40 +336,49 @@ fn of_run(changes: &[Change], first: bool, last: bool) -> impl Iterator<Item = &
     })
 }
 
+/// Where the places of the run after `run` others begin.
+fn begins(stretches: &[Stretch], run: usize) -> Vec<(i64, &Stretch)> {
+    stretches.iter().map(|of| (of.begin(run), of)).collect()
+}
+
 /// Bytes by which a block may grow from one run to the next: what the runs before gave back ends where the places of this one begin, and
 /// all that ends before that stays as it is.
-fn growth(buffer: u8, block: Block, stretches: &[Stretch], run: usize) -> i64 {
-    stretches
+fn growth(buffer: u8, block: Block, begins: &[(i64, &Stretch)]) -> i64 {
+    begins
         .iter()
-        .filter(|of| of.buffer == buffer && of.begin(run) <= block.end() && block.start < of.end)
-        .map(|stretch| stretch.step)
+        .filter(|(begin, of)| of.buffer == buffer && *begin <= block.end() && block.start < of.end)
+        .map(|(_, of)| of.step)
         .fold(0, i64::saturating_add)
 }
 
-/// How many runs still choose the block `choice` for so many bytes.
-fn calm_runs(buffer: &Buffer, bytes: i64, choice: usize, growth: impl Fn(&Block) -> i64) -> i64 {
+/// How many runs, at most `calm`, still choose the block `choice` for so many bytes.
+fn calm_runs(
+    buffer: &Buffer,
+    bytes: i64,
+    choice: usize,
+    growth: impl Fn(&Block) -> i64,
+    mut calm: i64,
+) -> i64 {
     let chosen = buffer.gaps().get(choice).copied();
     let chosen_growth = chosen.as_ref().map_or(0, &growth);
     let chosen_bytes = chosen.map_or(i64::MAX, |block| block.bytes);
     if chosen_growth > 0 && chosen_bytes == bytes {
         return 0; // it would not vanish
     }
-    let mut calm = i64::MAX;
     for (index, block) in buffer.gaps().iter().enumerate() {
-        let step = growth(block);
-        if index == choice {
+        if block.bytes >= bytes {
+            if chosen_growth > 0 && index != choice {
+                calm = calm.min((block.bytes - chosen_bytes - 1).max(0) / chosen_growth);
+            }
             continue;
         }
-        if block.bytes < bytes {
-            if step > 0 {
-                let runs = (bytes - block.bytes + step - 1) / step;
-                let grown = block.bytes.saturating_add(runs.saturating_mul(step));
-                if chosen_growth > 0 || grown <= chosen_bytes {
-                    calm = calm.min(runs - 1);
-                }
+        let step = growth(block);
+        if step > 0 {
+            let runs = (bytes - block.bytes + step - 1) / step;
+            let grown = block.bytes.saturating_add(runs.saturating_mul(step));
+            if chosen_growth > 0 || grown <= chosen_bytes {
+                calm = calm.min(runs - 1);
             }
-        } else if chosen_growth > 0 {
-            calm = calm.min((block.bytes - chosen_bytes - 1).max(0) / chosen_growth);
         }
     }
     calm
@@ -372,7 +388,7 @@ fn calm_runs(buffer: &Buffer, bytes: i64, choice: usize, growth: impl Fn(&Block)
 fn repeats(earlier: &Handover, now: &Handover, stretches: &[Stretch]) -> bool {
     let runs = i64::try_from(now.run - earlier.run).unwrap_or(i64::MAX);
     let same = |((of, was), (buffer, is)): (&(u8, Block), &(u8, Block))| {
-        let step = || growth(*buffer, *was, stretches, earlier.run).saturating_mul(runs);
+        let step = || growth(*buffer, *was, &begins(stretches, earlier.run)).saturating_mul(runs);
         of == buffer
             && was.start == is.start
             && (was.bytes == is.bytes || is.bytes - was.bytes == step())
