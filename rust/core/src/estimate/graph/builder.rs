@@ -428,9 +428,9 @@ impl<'a> Builder<'a> {
         };
         let mut cur = match activation {
             Activation::Gated if has_gate => self.gated(gated, raised, CLAMP),
-            Activation::Gated => self.g.unary(gated),
+            Activation::Gated => self.g.unary_alone(gated),
             Activation::Squared => {
-                let cur = self.g.unary(gated);
+                let cur = self.g.unary_alone(gated);
                 self.g.unary_alone(cur)
             }
             Activation::Halves => self.g.glu_halves(gated),

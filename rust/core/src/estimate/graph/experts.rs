@@ -115,11 +115,13 @@ impl Builder<'_> {
         if !logits.is_some() {
             logits = self.project_biased("ffn_gate_inp", cur);
         }
+        let reads_logits = e.weigh_first || e.second_sigmoid;
         let mut probs = match e.gating {
-            Gating::Probabilities => self.g.unary(logits),
+            Gating::Probabilities if reads_logits => self.g.unary(logits),
+            Gating::Probabilities => self.g.unary_alone(logits),
             Gating::SoftmaxOfChosen => logits,
             Gating::SqrtSoftplus => {
-                let soft = self.g.unary(logits);
+                let soft = self.g.unary_alone(logits);
                 self.g.unary_alone(soft)
             }
         };

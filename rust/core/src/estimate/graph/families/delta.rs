@@ -166,7 +166,7 @@ fn rates(b: &mut Builder<'_>, cur: TensorId, s: Sizes) -> [TensorId; 2] {
     let alpha = b.g.weigh(alpha, bias);
     let alpha = b.g.unary_alone(alpha);
     let decay = b.exact("ssm_a");
-    let gate = b.g.mul(alpha, decay);
+    let gate = b.g.weigh(alpha, decay);
     [
         b.g.reshape(gate, [1, s.value_heads, s.tokens, s.seqs]),
         beta,

@@ -301,7 +301,7 @@ fn sparse_feed_forward(b: &mut Builder<'_>, normed: TensorId, sparse: bool) -> T
     if sparse {
         let mean = b.g.sum_rows(gate);
         let centred = b.g.add(gate, mean);
-        let squares = b.g.unary(centred);
+        let squares = b.g.unary_alone(centred);
         let sum = b.g.sum_rows(squares);
         let scaled = b.g.unary_alone(sum);
         let deviation = b.g.unary_alone(scaled);

@@ -85,7 +85,7 @@ pub(super) fn minimax(b: &mut Builder<'_>) {
 /// The scaled decay as a factor.
 fn factor(b: &mut Builder<'_>, decay: TensorId) -> TensorId {
     let scaled = b.g.unary(decay);
-    b.g.unary(scaled)
+    b.g.unary_alone(scaled)
 }
 
 fn lightning(b: &mut Builder<'_>, inputs: Inputs, decays: Decays, normed: TensorId) -> TensorId {

@@ -59,7 +59,7 @@ fn convolve(
     if bias.is_some() {
         out = b.g.weigh(out, bias);
     }
-    b.g.unary(out)
+    b.g.unary_alone(out)
 }
 
 /// Runs the scan and keeps its states; the result's first part are the outputs.

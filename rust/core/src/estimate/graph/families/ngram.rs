@@ -63,7 +63,7 @@ fn normed(b: &mut Builder<'_>, x: TensorId, name: &str) -> TensorId {
     let x = b.g.reshape_3d(x, n_embd, count, n_tokens);
     let normed = b.g.rms_norm(x);
     let weight = b.weight(name);
-    b.g.mul(normed, weight)
+    b.g.weigh(normed, weight)
 }
 
 /// A dilated convolution, one shifted copy a tap.
@@ -95,5 +95,5 @@ fn convolved(b: &mut Builder<'_>, input: StateInput, x: TensorId) -> TensorId {
             term
         };
     }
-    b.g.unary(sum)
+    b.g.unary_alone(sum)
 }

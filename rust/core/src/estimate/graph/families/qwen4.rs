@@ -152,7 +152,7 @@ fn head(b: &mut Builder<'_>, x: TensorId) -> TensorId {
         let one = b.g.view_2d(all, n_embd, rows, stride);
         sum = b.g.add(sum, one);
     }
-    b.g.unary(sum)
+    b.g.unary_alone(sum)
 }
 
 /// `build_hc_combine`.

@@ -278,7 +278,7 @@ fn group_norm(b: &mut Builder<'_>, cur: TensorId, head: i64) -> TensorId {
     let cur = flat(b, cur);
     let (weight, bias) = (b.weight("time_mix_ln"), b.bias("time_mix_ln"));
     let cur = b.g.weigh(cur, weight);
-    b.g.add(cur, bias)
+    b.g.weigh(cur, bias)
 }
 
 fn output(b: &mut Builder<'_>, cur: TensorId) -> TensorId {
