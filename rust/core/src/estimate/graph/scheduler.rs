@@ -320,6 +320,11 @@ impl Schedule {
             };
             let tensor = graph.get(id);
             let backend = self.backend(id);
+            if backend == current.backend
+                && tensor.sources().all(|id| self.backend(id) == backend)
+            {
+                continue;
+            }
             if backend != current.backend
                 || (!current.inputs.is_empty()
                     && self.brings_foreign_weight(graph, tensor, backend))
