@@ -42,6 +42,30 @@ impl Graph {
         }
     }
 
+    /// [`add`](Self::add) of something that `a` was made from, to `a`, which nothing else reads. What made `a` reads it, too: it ends there
+    /// as it would one step later. Rows that a layer picks for the output are picked from both, neither made from the other.
+    #[cfg_attr(test, track_caller)]
+    pub(super) fn add_back(&mut self, a: TensorId, earlier: TensorId) -> TensorId {
+        let layer = self.marks.last().map_or(0, |mark| mark.tensors);
+        let picks = |id: TensorId| self.get(id).op == Op::GetRows && id.index() >= layer;
+        let may_join =
+            !picks(a) && !picks(earlier) && !self.get(a).op.can_reuse_source() && self.is_made(a);
+        if self.merges
+            && may_join
+            && let Some(tensor) = self.get_mut(a)
+            && tensor.reads_also(earlier)
+        {
+            return a;
+        }
+        let id = self.add(a, earlier);
+        #[cfg(test)]
+        if may_join {
+            self.alone.push((id, std::panic::Location::caller()));
+            self.added_back.push(id);
+        }
+        id
+    }
+
     /// How many to build of so many alike steps, each of which leaves the free blocks as it found them: the second takes what all
     /// later ones do.
     pub(super) fn alike(&self, steps: i64) -> i64 {

@@ -25,6 +25,9 @@ pub(super) struct Graph {
     /// Those that are not, and where they are described.
     #[cfg(test)]
     pub(super) alone: Vec<(TensorId, &'static std::panic::Location<'static>)>,
+    /// Those of them that add what their source was made from.
+    #[cfg(test)]
+    pub(super) added_back: Vec<TensorId>,
 }
 
 /// What llama.cpp takes apart everywhere when it would run elsewhere than its layer in one place.
@@ -57,7 +60,10 @@ impl Graph {
         self.repeats.clear();
         self.fused.clear();
         #[cfg(test)]
-        self.alone.clear();
+        {
+            self.alone.clear();
+            self.added_back.clear();
+        }
     }
 
     /// Notes that a layer begins.

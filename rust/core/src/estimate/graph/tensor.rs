@@ -170,6 +170,17 @@ impl Tensor {
         }
     }
 
+    /// One more source behind the others; false where there is no room, or where it has joined the graph.
+    pub(super) fn reads_also(&mut self, source: TensorId) -> bool {
+        let slot = self.sources.get_mut(usize::from(self.source_count));
+        let Some(slot) = slot.filter(|_| !self.visited) else {
+            return false;
+        };
+        *slot = source;
+        self.source_count += 1;
+        true
+    }
+
     pub(super) fn sources(&self) -> impl Iterator<Item = TensorId> + '_ {
         self.sources
             .iter()

@@ -321,7 +321,16 @@ fn what_is_merged_is_read_by_nothing_else() {
                     .iter()
                     .any(|node| graph.get(*node).view_of == source);
                 let is_alone = reads.filter(|read| *read == source).count() == 1 && !is_viewed;
-                if !is_alone || made.is_output || !graph.get(*id).same_layout(made) {
+                let place = |id: TensorId| graph.nodes.iter().position(|node| *node == id);
+                let is_next = || {
+                    let earlier = graph.reads(*id).nth(1).and_then(place);
+                    earlier < place(source) && place(source).map(|at| at + 1) == place(*id)
+                };
+                if !is_alone
+                    || made.is_output
+                    || !graph.get(*id).same_layout(made)
+                    || (graph.added_back.contains(id) && !is_next())
+                {
                     wrong.insert(format!("{at}: {name}"));
                 }
                 held += 1;

@@ -119,7 +119,7 @@ pub(super) fn gemma4(b: &mut Builder<'_>) {
         };
         let attended = attend(b, attention, normed, positions, factors);
         let attended = b.rms_alone(attended, "post_attention_norm");
-        let middle = b.g.add(attended, cur);
+        let middle = b.g.add_back(attended, cur);
         let fed = if b.has("ffn_gate_inp") {
             experts_beside_dense(b, middle)
         } else {
@@ -127,7 +127,7 @@ pub(super) fn gemma4(b: &mut Builder<'_>) {
             b.ffn(normed, Activation::Gated)
         };
         let fed = b.rms_alone(fed, "post_ffw_norm");
-        cur = b.g.add(fed, middle);
+        cur = b.g.add_back(fed, middle);
         if inputs.is_some() {
             let gate = b.matmul("inp_gate", cur);
             let gate = b.g.unary_alone(gate);
@@ -195,7 +195,7 @@ pub(super) fn gemma3n(b: &mut Builder<'_>) {
         let normed = b.rms(middle, "ffn_norm");
         let fed = sparse_feed_forward(b, normed, il < SPARSE_LAYERS);
         let fed = b.rms_alone(fed, "post_ffw_norm");
-        let fed = b.g.add(fed, middle);
+        let fed = b.g.add_back(fed, middle);
         let corrected = corrected(b, predictions, fed);
         let first = first_prediction(b, corrected, inputs);
         let untouched = slice(b, corrected);
@@ -258,7 +258,7 @@ fn predicted(b: &mut Builder<'_>, cur: TensorId) -> TensorId {
     let predictions = b.g.mul_mat(turned, coefficients);
     let predictions = b.g.permute(predictions, [0, 2, 1, 3]);
     let predictions = b.g.cont(predictions);
-    b.g.add(predictions, cur)
+    b.g.add_back(predictions, cur)
 }
 
 /// `altup_correct`: every stream moves as the active one did.
@@ -287,10 +287,10 @@ fn attended(
     let shortcut = b.matmul("laurel_l", normed);
     let shortcut = b.matmul("laurel_r", shortcut);
     let shortcut = b.rms_alone(shortcut, "laurel_post_norm");
-    let shortcut = b.g.add(shortcut, normed);
+    let shortcut = b.g.add_back(shortcut, normed);
     let cur = attend(b, input, normed, positions, NONE);
     let cur = b.rms_alone(cur, "post_attention_norm");
-    let cur = b.g.add(cur, active);
+    let cur = b.g.add_back(cur, active);
     let sum = b.g.add(cur, shortcut);
     b.g.unary_alone(sum)
 }

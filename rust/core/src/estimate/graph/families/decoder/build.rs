@@ -271,7 +271,7 @@ impl Decoder {
                 let middle = if self.order == Order::InputFirst {
                     b.g.add(branch.input, attention)
                 } else {
-                    b.g.add(attention, branch.input)
+                    b.g.add_back(attention, branch.input)
                 };
                 let source = match self.second_norm {
                     _ if self.part == Part::FedByAttention => attention,
@@ -288,7 +288,7 @@ impl Decoder {
                 cur = if self.order == Order::ResidualFirst {
                     b.g.add(middle, cur)
                 } else {
-                    b.g.add(cur, middle)
+                    b.g.add_back(cur, middle)
                 };
                 if self.part == Part::EmbeddingSkip {
                     let scale = b.weight("layer_output_scale");
