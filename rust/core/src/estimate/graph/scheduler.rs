@@ -320,8 +320,7 @@ impl Schedule {
             };
             let tensor = graph.get(id);
             let backend = self.backend(id);
-            if backend == current.backend
-                && tensor.sources().all(|id| self.backend(id) == backend)
+            if backend == current.backend && tensor.sources().all(|id| self.backend(id) == backend)
             {
                 continue;
             }

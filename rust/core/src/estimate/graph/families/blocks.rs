@@ -101,10 +101,10 @@ pub(super) fn minimax_m3(b: &mut Builder<'_>) {
         if b.is_last() {
             b.pick_outputs([&mut attended, &mut residual], outputs);
         }
-        let middle = b.g.add(attended, residual);
+        let middle = b.g.add_back(attended, residual);
         let normed = b.rms(middle, "ffn_norm");
         let fed = feed_forward(b, normed);
-        cur = b.g.add(fed, middle);
+        cur = b.g.add_back(fed, middle);
     }
     let cur = b.output_norm(cur, Norm::Rms);
     b.finish(cur, 0);

@@ -49,10 +49,10 @@ pub(super) fn qwen(b: &mut Builder<'_>) {
         } else {
             gated_attention(b, inputs, normed)
         };
-        let middle = b.g.add(mixed, cur);
+        let middle = b.g.add_back(mixed, cur);
         let normed = b.rms(middle, "post_attention_norm");
         let fed = feed_forward(b, normed);
-        cur = b.g.add(fed, middle);
+        cur = b.g.add_back(fed, middle);
     }
     let cur = b.output_norm(cur, Norm::Rms);
     b.g.set_output(cur);

@@ -40,10 +40,10 @@ pub(super) fn eagle(b: &mut Builder<'_>) {
     let factors = b.rope_factors();
     let [q, k] = [q, k].map(|part| b.g.rope(part, positions, factors));
     let attended = b.attend(attention, [q, k, v], Extras::default());
-    let middle = b.g.add(attended, residual);
+    let middle = b.g.add_back(attended, residual);
     let normed = b.rms(middle, "ffn_norm");
     let fed = b.ffn(normed, Activation::Gated);
-    let cur = b.g.add(fed, middle);
+    let cur = b.g.add_back(fed, middle);
     b.g.set_output(cur);
     let cur = b.output_norm(cur, Norm::Rms);
     b.finish_with(cur, 0);
@@ -76,13 +76,13 @@ pub(super) fn dflash(b: &mut Builder<'_>) {
         if b.has("post_attention_norm") {
             attended = b.rms_alone(attended, "post_attention_norm");
         }
-        let middle = b.g.add(attended, cur);
+        let middle = b.g.add_back(attended, cur);
         let normed = b.rms(middle, "ffn_norm");
         let mut fed = b.ffn(normed, Activation::Gated);
         if b.has("post_ffw_norm") {
             fed = b.rms_alone(fed, "post_ffw_norm");
         }
-        cur = b.g.add(fed, middle);
+        cur = b.g.add_back(fed, middle);
         let scale = b.weight("layer_output_scale");
         if scale.is_some() {
             cur = b.g.weigh(cur, scale);

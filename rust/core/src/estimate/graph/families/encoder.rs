@@ -51,7 +51,7 @@ pub(super) fn bert(b: &mut Builder<'_>) {
         if b.is_last() {
             b.pick_outputs([&mut attended, &mut input], outputs);
         }
-        let sum = b.g.add(attended, input);
+        let sum = b.g.add_back(attended, input);
         let mut middle = b.norm(sum, "attn_output_norm", Norm::Layer);
         if b.has("attn_norm_2") {
             let sum = b.g.add(middle, input);
@@ -68,7 +68,7 @@ pub(super) fn bert(b: &mut Builder<'_>) {
             };
             b.ffn(middle, activation)
         };
-        let sum = b.g.add(fed, middle);
+        let sum = b.g.add_back(fed, middle);
         cur = b.norm(sum, "layer_output_norm", Norm::Layer);
     }
     b.finish_embeddings(cur);

@@ -114,8 +114,8 @@ fn layer(
     let gate = b.g.unary_alone(gate);
     let cur = b.g.mul(cur, gate);
     let cur = b.project("attn_output", cur);
-    let middle = b.g.add(cur, input);
+    let middle = b.g.add_back(cur, input);
     let normed = b.g.rms_norm(middle);
     let fed = b.ffn(normed, Activation::Gated);
-    b.g.add(fed, middle)
+    b.g.add_back(fed, middle)
 }

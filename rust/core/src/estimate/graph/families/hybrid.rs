@@ -81,7 +81,7 @@ pub(super) fn mamba(b: &mut Builder<'_>) {
         if b.is_last() {
             b.pick_outputs([&mut mixed, &mut residual], outputs);
         }
-        cur = b.g.add(mixed, residual);
+        cur = b.g.add_back(mixed, residual);
     }
     end(b, cur, 0);
 }
@@ -136,7 +136,7 @@ pub(super) fn nemotron(b: &mut Builder<'_>) {
         } else {
             unrotated(b, inputs, normed)
         };
-        cur = b.g.add(mixed, residual);
+        cur = b.g.add_back(mixed, residual);
     }
     let cur = b.output_norm(cur, Norm::Rms);
     b.g.set_output(cur);
@@ -185,14 +185,14 @@ pub(super) fn falcon(b: &mut Builder<'_>) {
         let normed = b.rms(cur, "attn_norm");
         let mixed = mamba2(b, inputs.states, normed);
         let both = b.g.add(attended, mixed);
-        let mut middle = b.g.add(both, cur);
+        let mut middle = b.g.add_back(both, cur);
         if b.is_last() {
             middle = b.g.get_rows(middle, inputs.outputs);
         }
         let weight = b.exact("ffn_norm");
         let normed = b.norm_with(middle, weight, NONE, Norm::Rms);
         let fed = b.ffn(normed, Activation::Gated);
-        cur = b.g.add(fed, middle);
+        cur = b.g.add_back(fed, middle);
     }
     end(b, cur, 0);
 }
@@ -224,7 +224,7 @@ pub(super) fn granite(b: &mut Builder<'_>) {
         if scales {
             mixed = b.g.unary_alone(mixed);
         }
-        let middle = b.g.add(mixed, residual);
+        let middle = b.g.add_back(mixed, residual);
         let normed = b.rms(middle, "ffn_norm");
         let mut fed = if b.has("ffn_gate_inp") {
             let experts = b.experts(Gating::Probabilities, true);
@@ -245,7 +245,7 @@ pub(super) fn granite(b: &mut Builder<'_>) {
         if scales {
             fed = b.g.unary_alone(fed);
         }
-        cur = b.g.add(fed, middle);
+        cur = b.g.add_back(fed, middle);
     }
     end(
         b,
@@ -311,11 +311,11 @@ pub(super) fn plamo2(b: &mut Builder<'_>) {
             b.pick_outputs([&mut mixed, &mut residual], inputs.outputs);
         }
         let mixed = b.rms_alone(mixed, "post_attention_norm");
-        let middle = b.g.add(mixed, residual);
+        let middle = b.g.add_back(mixed, residual);
         let normed = b.rms(middle, "ffn_norm");
         let fed = b.ffn(normed, Activation::Halves);
         let fed = b.rms_alone(fed, "post_ffw_norm");
-        cur = b.g.add(fed, middle);
+        cur = b.g.add_back(fed, middle);
     }
     end(b, cur, 0);
 }

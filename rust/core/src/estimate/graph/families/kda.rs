@@ -27,10 +27,10 @@ pub(super) fn kimi_linear(b: &mut Builder<'_>) {
         if b.is_last() {
             b.pick_outputs([&mut mixed, &mut residual], inputs.outputs);
         }
-        let middle = b.g.add(mixed, residual);
+        let middle = b.g.add_back(mixed, residual);
         let normed = b.rms(middle, "ffn_norm");
         let fed = feed_forward(b, normed, true);
-        cur = b.g.add(fed, middle);
+        cur = b.g.add_back(fed, middle);
     }
     let cur = b.output_norm(cur, Norm::Rms);
     b.finish(cur, 0);
@@ -49,10 +49,10 @@ pub(super) fn bailing(b: &mut Builder<'_>) {
         } else {
             gated(b, inputs, normed)
         };
-        let middle = b.g.add(mixed, cur);
+        let middle = b.g.add_back(mixed, cur);
         let normed = b.rms(middle, "ffn_norm");
         let fed = feed_forward(b, normed, normed_weights);
-        cur = b.g.add(fed, middle);
+        cur = b.g.add_back(fed, middle);
     }
     let cur = b.output_norm(cur, Norm::Rms);
     b.g.set_output(cur);

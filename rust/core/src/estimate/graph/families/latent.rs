@@ -62,10 +62,10 @@ pub(super) fn deepseek2(b: &mut Builder<'_>) {
         if b.is_last() {
             b.pick_outputs([&mut attended, &mut residual], outputs);
         }
-        let middle = b.g.add(attended, residual);
+        let middle = b.g.add_back(attended, residual);
         let normed = b.rms(middle, "ffn_norm");
         let fed = feed_forward(b, normed);
-        cur = b.g.add(fed, middle);
+        cur = b.g.add_back(fed, middle);
     }
     let cur = b.output_norm(cur, Norm::Rms);
     b.finish(cur, 0);
@@ -252,7 +252,7 @@ fn written_out(b: &mut Builder<'_>, scales: bool) {
         if scales {
             attended = b.g.unary_alone(attended);
         }
-        let middle = b.g.add(attended, residual);
+        let middle = b.g.add_back(attended, residual);
         let normed = b.rms(middle, "ffn_norm");
         let mut fed = b.ffn(
             normed,
@@ -265,7 +265,7 @@ fn written_out(b: &mut Builder<'_>, scales: bool) {
         if scales {
             fed = b.g.unary_alone(fed);
         }
-        cur = b.g.add(fed, middle);
+        cur = b.g.add_back(fed, middle);
     }
     let mut cur = b.output_norm(cur, Norm::Rms);
     if scales {

@@ -108,7 +108,7 @@ fn channel_block(
     outputs: TensorId,
     kind: Kind,
 ) -> TensorId {
-    let middle = b.g.add(mixed, input);
+    let middle = b.g.add_back(mixed, input);
     let second = b.norm(middle, "attn_norm_2", Norm::Layer);
     let before = shifts(b, shift);
     let previous = previous_tokens(b, before, second);
@@ -120,7 +120,7 @@ fn channel_block(
         parts = parts.map(|part| b.g.get_rows(part, outputs));
     }
     let [middle, second, previous] = parts;
-    let change = b.g.add(previous, second);
+    let change = b.g.add_back(previous, second);
     let key = lerped(b, change, "channel_mix_lerp_k", second);
     let gate = if kind.seventh {
         NONE
@@ -136,7 +136,7 @@ fn channel_block(
     if gate.is_some() {
         out = b.g.mul(gate, out);
     }
-    b.g.add(out, middle)
+    b.g.add_back(out, middle)
 }
 
 fn qwen_block(
@@ -146,14 +146,14 @@ fn qwen_block(
 ) -> TensorId {
     let last = last_tokens(b, normed);
     keep_tokens(b, last, kept);
-    let middle = b.g.add(mixed, input);
+    let middle = b.g.add_back(mixed, input);
     let mut middle = flat(b, middle);
     if b.is_last() {
         middle = b.g.get_rows(middle, outputs);
     }
     let normed = b.rms(middle, "ffn_norm");
     let fed = b.ffn(normed, Activation::Gated);
-    b.g.add(fed, middle)
+    b.g.add_back(fed, middle)
 }
 
 fn lerped(b: &mut Builder<'_>, change: TensorId, name: &str, cur: TensorId) -> TensorId {
@@ -171,7 +171,7 @@ fn time_mix_6(
 ) -> TensorId {
     let (n_embd, n_tokens) = (b.n_embd, b.n_tokens);
     let first = b.weight("time_mix_first");
-    let change = b.g.add(previous, normed);
+    let change = b.g.add_back(previous, normed);
     let change = flat(b, change);
     let cur = flat(b, normed);
     let mixed = lerped(b, change, "time_mix_lerp_x", cur);
@@ -307,7 +307,7 @@ fn time_mix_7(
 ) -> TensorId {
     let (n_embd, n_tokens, seqs) = (b.n_embd, b.n_tokens, b.n_seqs);
     let gated = b.has("time_mix_g1") && b.has("time_mix_g2");
-    let change = b.g.add(previous, normed);
+    let change = b.g.add_back(previous, normed);
     let parts = if gated { 6 } else { 5 };
     let change = b.g.repeat(change, [n_embd, n_tokens / seqs, seqs, parts]);
     let all = lerped(b, change, "time_mix_lerp_fused", normed);

@@ -88,10 +88,10 @@ pub(super) fn sparse(b: &mut Builder<'_>) {
         if b.is_last() {
             b.pick_outputs([&mut attended, &mut residual], outputs);
         }
-        let middle = b.g.add(attended, residual);
+        let middle = b.g.add_back(attended, residual);
         let normed = b.rms(middle, "ffn_norm");
         let fed = feed_forward(b, normed);
-        cur = b.g.add(fed, middle);
+        cur = b.g.add_back(fed, middle);
     }
     let cur = b.output_norm(cur, Norm::Rms);
     b.finish(cur, 0);
@@ -142,10 +142,10 @@ pub(super) fn dots3(b: &mut Builder<'_>) {
         if b.is_last() {
             b.pick_outputs([&mut attended, &mut residual], outputs);
         }
-        let middle = b.g.add(attended, residual);
+        let middle = b.g.add_back(attended, residual);
         let normed = b.rms(middle, "ffn_norm");
         let fed = feed_forward(b, normed);
-        cur = b.g.add(fed, middle);
+        cur = b.g.add_back(fed, middle);
     }
     let cur = b.output_norm(cur, Norm::Rms);
     b.finish(cur, 0);

@@ -46,7 +46,7 @@ fn feed_forward(b: &mut Builder<'_>, middle: TensorId, prefix: [&str; 4]) -> Ten
     let [norm, up, gate, down] = prefix;
     let normed = b.rms(middle, norm);
     let fed = b.ffn_named(normed, [up, gate, down], Activation::Gated);
-    b.g.add(fed, middle)
+    b.g.add_back(fed, middle)
 }
 
 /// The decoder; its batch also reads as many encoded tokens as the model was trained with.
@@ -77,7 +77,7 @@ pub(super) fn t5(b: &mut Builder<'_>) {
                 ..Extras::default()
             },
         );
-        let mut middle = b.g.add(attended, cur);
+        let mut middle = b.g.add_back(attended, cur);
         let normed = b.rms(middle, "cross_attn_norm");
         let names = ["cross_attn_q", "cross_attn_k", "cross_attn_v"];
         let heads = heads_of(b, names, [normed, encoded, encoded]);
@@ -93,7 +93,7 @@ pub(super) fn t5(b: &mut Builder<'_>) {
         if b.is_last() {
             b.pick_outputs([&mut crossed, &mut middle], outputs);
         }
-        let middle = b.g.add(crossed, middle);
+        let middle = b.g.add_back(crossed, middle);
         cur = feed_forward(b, middle, ["ffn_norm", "ffn_up", "ffn_gate", "ffn_down"]);
     }
     let (weight, bias) = (
@@ -132,7 +132,7 @@ pub(super) fn encoder(b: &mut Builder<'_>) {
         if b.is_last() {
             b.pick_outputs([&mut attended, &mut input], outputs);
         }
-        let middle = b.g.add(attended, input);
+        let middle = b.g.add_back(attended, input);
         let names = ["enc.ffn_norm", "enc.ffn_up", "enc.ffn_gate", "enc.ffn_down"];
         cur = feed_forward(b, middle, names);
     }
