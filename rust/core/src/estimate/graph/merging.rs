@@ -46,24 +46,40 @@ impl Graph {
     /// as it would one step later. Rows that a layer picks for the output are picked from both, neither made from the other.
     #[cfg_attr(test, track_caller)]
     pub(super) fn add_back(&mut self, a: TensorId, earlier: TensorId) -> TensorId {
-        let layer = self.marks.last().map_or(0, |mark| mark.tensors);
-        let picks = |id: TensorId| self.get(id).op == Op::GetRows && id.index() >= layer;
-        let may_join =
-            !picks(a) && !picks(earlier) && !self.get(a).op.can_reuse_source() && self.is_made(a);
         if self.merges
-            && may_join
+            && self.may_add_back(a, earlier)
             && let Some(tensor) = self.get_mut(a)
             && tensor.reads_also(earlier)
         {
             return a;
         }
+        #[cfg(test)]
+        let joins = self.may_add_back(self.made_alone(a).0, earlier);
         let id = self.add(a, earlier);
         #[cfg(test)]
-        if may_join {
+        if joins {
             self.alone.push((id, std::panic::Location::caller()));
             self.added_back.push(id);
         }
         id
+    }
+
+    fn may_add_back(&self, a: TensorId, earlier: TensorId) -> bool {
+        let layer = self.marks.last().map_or(0, |mark| mark.tensors);
+        let picks = |id: &TensorId| self.get(*id).op == Op::GetRows && id.index() >= layer;
+        let reuses = self.get(a).op.can_reuse_source();
+        self.is_made(a) && !reuses && ![a, earlier].iter().any(picks)
+    }
+
+    /// What `id` would be one with, and after how many operations.
+    #[cfg(test)]
+    pub(super) fn made_alone(&self, mut id: TensorId) -> (TensorId, usize) {
+        let mut steps = 0;
+        while self.alone.iter().any(|(of, _)| *of == id) {
+            id = self.get(id).sources[0];
+            steps += 1;
+        }
+        (id, steps)
     }
 
     /// How many to build of so many alike steps, each of which leaves the free blocks as it found them: the second takes what all

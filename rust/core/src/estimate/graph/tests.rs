@@ -323,8 +323,9 @@ fn what_is_merged_is_read_by_nothing_else() {
                 let is_alone = reads.filter(|read| *read == source).count() == 1 && !is_viewed;
                 let place = |id: TensorId| graph.nodes.iter().position(|node| *node == id);
                 let is_next = || {
+                    let (made, steps) = graph.made_alone(*id);
                     let earlier = graph.reads(*id).nth(1).and_then(place);
-                    earlier < place(source) && place(source).map(|at| at + 1) == place(*id)
+                    earlier < place(made) && place(made).map(|at| at + steps) == place(*id)
                 };
                 if !is_alone
                     || made.is_output

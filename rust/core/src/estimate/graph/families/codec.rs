@@ -101,7 +101,7 @@ fn residual_block(b: &mut Builder<'_>, at: &str, input: TensorId) -> TensorId {
         cur = b.g.mul(open, cur);
         cur = convolved(b, &format!("{at}.conv{half}"), cur);
     }
-    b.g.add_back(cur, input)
+    b.g.add(cur, input)
 }
 
 fn attention(b: &mut Builder<'_>, at: &str, input: TensorId) -> TensorId {
@@ -113,7 +113,7 @@ fn attention(b: &mut Builder<'_>, at: &str, input: TensorId) -> TensorId {
     let weights = b.g.unary(scores);
     let cur = b.g.mul_mat(weights, v);
     let cur = convolved(b, &format!("{at}.attn_output"), cur);
-    b.g.add_back(cur, input)
+    b.g.add(cur, input)
 }
 
 /// A block of `ConvNeXt`: a convolution per channel, then a feed-forward block.

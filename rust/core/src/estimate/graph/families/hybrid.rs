@@ -185,7 +185,7 @@ pub(super) fn falcon(b: &mut Builder<'_>) {
         let normed = b.rms(cur, "attn_norm");
         let mixed = mamba2(b, inputs.states, normed);
         let both = b.g.add(attended, mixed);
-        let mut middle = b.g.add_back(both, cur);
+        let mut middle = b.g.add(both, cur);
         if b.is_last() {
             middle = b.g.get_rows(middle, inputs.outputs);
         }

@@ -71,12 +71,12 @@ pub(super) fn minimax(b: &mut Builder<'_>) {
             b.pick_outputs([&mut mixed, &mut residual], inputs.outputs);
         }
         let residual = b.g.unary(residual);
-        let middle = b.g.add_back(mixed, residual);
+        let middle = b.g.add(mixed, residual);
         let normed = b.rms(middle, "ffn_norm");
         let experts = b.experts(Gating::Probabilities, true);
         let fed = b.mixture(normed, experts);
         let residual = b.g.unary(normed);
-        cur = b.g.add_back(fed, residual);
+        cur = b.g.add(fed, residual);
     }
     let cur = b.output_norm(cur, Norm::Rms);
     b.finish(cur, 0);

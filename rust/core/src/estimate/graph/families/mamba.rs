@@ -101,7 +101,7 @@ pub(super) fn mamba1(b: &mut Builder<'_>, input: StateInput, cur: TensorId) -> T
     let y = b.g.view_3d(out, [s.inner, s.tokens, s.seqs], [h2, h3]);
     let d = b.exact("ssm_d");
     let skipped = b.g.mul(x, d);
-    let y = b.g.add_back(y, skipped);
+    let y = b.g.add(y, skipped);
     let z = b.g.cont(z);
     let y = b.g.glu(z, y);
     let out = b.project("ssm_out", y);
@@ -177,7 +177,7 @@ pub(super) fn mamba2(b: &mut Builder<'_>, input: StateInput, cur: TensorId) -> T
     );
     let d = b.exact("ssm_d");
     let skipped = b.g.mul(x, d);
-    let y = b.g.add_back(y, skipped);
+    let y = b.g.add(y, skipped);
     let z = b.g.cont(z);
     let mut y = b.g.glu(z, y);
     if b.has("ssm_norm") {
@@ -240,7 +240,7 @@ pub(super) fn plamo2(b: &mut Builder<'_>, input: StateInput, cur: TensorId) -> T
     let d = b.exact("ssm_d");
     let d = b.g.reshape_2d(d, 1, s.rank);
     let skipped = b.g.mul(x, d);
-    let y = b.g.add_back(y, skipped);
+    let y = b.g.add(y, skipped);
     let z = b.g.cont(z);
     let y = b.g.glu(z, y);
     let [_, _, y2, y3] = b.g.nb(y);

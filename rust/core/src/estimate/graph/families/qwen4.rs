@@ -172,7 +172,7 @@ fn combined(b: &mut Builder<'_>, x: TensorId, given: TensorId, inject: TensorId)
     let given = b.g.reshape_3d(given, n_embd, 1, rows);
     let given = b.g.repeat(given, ne);
     let given = b.g.mul(given, weights);
-    b.g.add_back(x, given)
+    b.g.add(x, given)
 }
 
 /// Attention whose queries come with a gate each; without an indexer to all positions.

@@ -108,7 +108,7 @@ fn channel_block(
     outputs: TensorId,
     kind: Kind,
 ) -> TensorId {
-    let middle = b.g.add_back(mixed, input);
+    let middle = b.g.add(mixed, input);
     let second = b.norm(middle, "attn_norm_2", Norm::Layer);
     let before = shifts(b, shift);
     let previous = previous_tokens(b, before, second);
@@ -120,7 +120,7 @@ fn channel_block(
         parts = parts.map(|part| b.g.get_rows(part, outputs));
     }
     let [middle, second, previous] = parts;
-    let change = b.g.add_back(previous, second);
+    let change = b.g.add(previous, second);
     let key = lerped(b, change, "channel_mix_lerp_k", second);
     let gate = if kind.seventh {
         NONE
@@ -146,7 +146,7 @@ fn qwen_block(
 ) -> TensorId {
     let last = last_tokens(b, normed);
     keep_tokens(b, last, kept);
-    let middle = b.g.add_back(mixed, input);
+    let middle = b.g.add(mixed, input);
     let mut middle = flat(b, middle);
     if b.is_last() {
         middle = b.g.get_rows(middle, outputs);

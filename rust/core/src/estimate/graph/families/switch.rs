@@ -52,7 +52,7 @@ pub(super) fn granite_switch(b: &mut Builder<'_>) {
         if scales {
             cur = b.g.unary_alone(cur);
         }
-        let middle = b.g.add_back(cur, residual);
+        let middle = b.g.add(cur, residual);
         let normed = b.rms(middle, "ffn_norm");
         let gate = switched(b, "ffn_gate", normed, adapters);
         let up = switched(b, "ffn_up", normed, adapters);
@@ -62,7 +62,7 @@ pub(super) fn granite_switch(b: &mut Builder<'_>) {
         if scales {
             cur = b.g.unary_alone(cur);
         }
-        cur = b.g.add_back(cur, middle);
+        cur = b.g.add(cur, middle);
     }
     let cur = b.output_norm(cur, Norm::Rms);
     b.finish(cur, 1);
