@@ -314,6 +314,17 @@ def test_any_option_set_gives_an_estimate_or_names_the_option(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
+    ("key", "value"), [("ple.conv_kernel", 1025), ("attention.compress_ratios", (4, 1025))]
+)
+def test_refuses_more_steps_than_any_model_takes(tmp_path: Path, key: str, value: Any) -> None:
+    header = lg.read_header(ground_truth.write_model("qwen4exp-moe", tmp_path))
+    layers = header.metadata["qwen4exp.block_count"]
+    path = write_stretched(header, tmp_path / "odd.gguf", layers, {f"qwen4exp.{key}": value})
+    with pytest.raises(UnsupportedModelError, match=f"{key} must be at most 1024"):
+        lg.estimate(path)
+
+
+@pytest.mark.parametrize(
     ("key", "value", "reason"),
     [
         ("llama.expert_used_count", 2**31, "at most 1024"),
@@ -322,9 +333,11 @@ def test_any_option_set_gives_an_estimate_or_names_the_option(tmp_path: Path) ->
         ("llama.nextn_predict_layers", 1000, "more than block_count"),
         ("llama.embedding_length", 2**25, "at most 16777216"),
         ("llama.attention.head_count_kv", 2**25, "head_count_kv times the length of a head"),
+        ("llama.hyper_connection.count", 17, "at most 16"),
+        ("llama.attention.indexer.head_count", 1025, "at most 1024"),
     ],
 )
-def test_refuses_a_header_that_llama_cpp_refuses(tmp_path: Path, key: str, value: int, reason: str) -> None:
+def test_refuses_a_header_that_no_model_has(tmp_path: Path, key: str, value: int, reason: str) -> None:
     path = write_sparse(tmp_path / "odd.gguf", layers=2, metadata={key: value})
     with pytest.raises(UnsupportedModelError, match=reason) as caught:
         lg.estimate(path)

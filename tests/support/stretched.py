@@ -16,8 +16,10 @@ from .gguf_bytes import ARRAY, BOOL, STRING, U32, Entry, TensorEntry, gguf_bytes
 I32, F32 = 5, 6
 
 
-def write_stretched(header: lg.Header, path: Path, layers: int) -> Path:
-    """``header`` with ``layers`` layers, without a vocabulary.
+def write_stretched(
+    header: lg.Header, path: Path, layers: int, changed: dict[str, Any] | None = None
+) -> Path:
+    """``header`` with ``layers`` layers and ``changed`` metadata, without a vocabulary.
 
     The pattern in which the layers behind the leading ones follow each other goes on.
     """
@@ -26,7 +28,7 @@ def write_stretched(header: lg.Header, path: Path, layers: int) -> Path:
     by_layer = _tensors_by_layer(header)
     order = _order(header, by_layer, layers)
     entries: list[Entry] = []
-    for key, value in header.metadata.items():
+    for key, value in (dict(header.metadata) | (changed or {})).items():
         if key == f"{architecture}.block_count":
             entries.append((key, *encoded(layers)))
         elif isinstance(value, tuple) and len(value) == have:

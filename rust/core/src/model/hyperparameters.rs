@@ -16,6 +16,10 @@ const MAX_LAYERS: u32 = 512;
 const WIDEST: u64 = 1 << 24;
 /// llama.cpp's `LLAMA_MAX_EXPERTS`.
 const MAX_EXPERTS: u32 = 1024;
+/// The most parts of a layer that its graph takes one by one; models have up to 128.
+const MOST_PARTS: u32 = 1024;
+/// The most residual streams, each pair of which a graph may take on its own; models have 4.
+const MOST_STREAMS: u32 = 16;
 
 /// The dimensions of a model, named as in the header.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -98,6 +102,8 @@ impl Hyperparameters {
         h.read_architecture(&keys)?;
         h.read_recurrent(&keys)?;
         h.check_widths(&keys)?;
+        keys.at_most("hyper_connection.count", MOST_STREAMS)?;
+        keys.at_most("attention.indexer.head_count", MOST_PARTS)?;
         Ok(h)
     }
 
@@ -389,6 +395,8 @@ impl Hyperparameters {
                 self.ngram_layer = keys
                     .numbers("ple.layers")?
                     .and_then(|layers| layers.first().copied());
+                keys.at_most("ple.conv_kernel", MOST_PARTS)?;
+                keys.at_most("attention.compress_ratios", MOST_PARTS)?;
                 let kernel = keys.u32("ple.conv_kernel")?.unwrap_or(0);
                 let size = keys.u32("ple.ngram_size")?.unwrap_or(0);
                 self.ngram_state = product(&[

@@ -129,6 +129,15 @@ impl<'a> Keys<'a> {
         }
     }
 
+    /// Refuses a number, or a list with one, of more than `most`.
+    pub(super) fn at_most(&self, key: &str, most: u32) -> Result<(), EstimateError> {
+        let numbers = self.numbers(key)?.into_iter().flatten();
+        if numbers.chain(self.u32(key)?).any(|number| number > most) {
+            return Err(self.invalid(key, &format!("must be at most {most}")));
+        }
+        Ok(())
+    }
+
     /// A list of yes and no, as bools or numbers; `None` where the key is missing or no list.
     pub(super) fn flags(&self, key: &str) -> Result<Option<Vec<bool>>, EstimateError> {
         let full = self.full(key);

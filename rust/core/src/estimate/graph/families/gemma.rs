@@ -8,6 +8,9 @@ use super::super::tensor::TensorId;
 /// The first layers of Gemma 3n keep only the largest activations (`n_layer_sparsity`).
 const SPARSE_LAYERS: usize = 10;
 
+/// Streams of embeddings (`n_altup`; no header says otherwise).
+const ALTUPS: i64 = 4;
+
 /// The embeddings that every layer gets of its own: `[width, tokens, layers]`.
 fn layer_inputs(b: &mut Builder<'_>, embedded: TensorId) -> TensorId {
     let (n_tokens, layers) = (b.n_tokens, b.trunk() as i64);
@@ -210,7 +213,7 @@ pub(super) fn gemma3n(b: &mut Builder<'_>) {
     let merged = b.g.mul_mat(weight, rest);
     let merged = rescaled(b, merged, target);
     let mut cur = slice(b, cur);
-    for _ in 0..b.g.alike(others) {
+    for _ in 0..b.g.alike(ALTUPS - 1) {
         let one = slice(b, merged);
         cur = b.g.add(cur, one);
     }
