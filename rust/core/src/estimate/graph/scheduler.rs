@@ -171,6 +171,9 @@ impl Schedule {
                 }
             }
         }
+        if complete && all_leaves_known {
+            return;
+        }
         for id in &graph.nodes {
             if all_leaves_known && self.backend(*id) != UNASSIGNED {
                 continue;
