@@ -190,8 +190,6 @@ pub(super) fn gemma3n(b: &mut Builder<'_>) {
     let added = b.g.mul_mat(weight, repeated);
     let added = rescaled(b, added, target);
     let mut cur = b.g.concat(embedded, added, 2);
-    // every layer has one like it
-    let own = slice(b, inputs);
     for il in b.layers_by(|il| u64::from(il < SPARSE_LAYERS)) {
         b.enter(il);
         let predictions = predicted(b, cur);
@@ -201,9 +199,9 @@ pub(super) fn gemma3n(b: &mut Builder<'_>) {
         let fed = sparse_feed_forward(b, normed, il < SPARSE_LAYERS);
         let fed = b.rms_alone(fed, "post_ffw_norm");
         let fed = b.g.add_back(fed, middle);
-        let corrected = corrected(b, predictions, active, fed);
+        let corrected = corrected(b, predictions, fed);
+        let first = first_prediction(b, corrected, inputs);
         let untouched = slice(b, corrected);
-        let first = first_prediction(b, untouched, own);
         let rest = rest_of(b, corrected);
         let rest = b.g.add(rest, first);
         cur = b.g.concat(untouched, rest, 2);
@@ -267,13 +265,9 @@ fn predicted(b: &mut Builder<'_>, cur: TensorId) -> TensorId {
 }
 
 /// `altup_correct`: every stream moves as the active one did.
-fn corrected(
-    b: &mut Builder<'_>,
-    predictions: TensorId,
-    active: TensorId,
-    activated: TensorId,
-) -> TensorId {
+fn corrected(b: &mut Builder<'_>, predictions: TensorId, activated: TensorId) -> TensorId {
     let routed = router(b, activated);
+    let active = slice(b, predictions);
     let innovation = b.g.add(activated, active);
     let coefficients = b.matmul("altup_correct_coef", routed);
     let coefficients = b.g.unary_alone(coefficients);
@@ -325,11 +319,13 @@ fn sparse_feed_forward(b: &mut Builder<'_>, normed: TensorId, sparse: bool) -> T
 }
 
 /// The layer's own embedding joins the first stream.
-fn first_prediction(b: &mut Builder<'_>, first: TensorId, own: TensorId) -> TensorId {
+fn first_prediction(b: &mut Builder<'_>, corrected: TensorId, inputs: TensorId) -> TensorId {
+    let first = slice(b, corrected);
     let scale = b.weight("altup_correct_scale");
     let first = b.g.weigh(first, scale);
     let first = b.matmul("inp_gate", first);
     let first = b.g.unary_alone(first);
+    let own = slice(b, inputs);
     let first = b.g.mul(first, own);
     let first = b.matmul("proj", first);
     b.rms_alone(first, "post_norm")
