@@ -1,4 +1,5 @@
-//! Layers that repeat are built two to four times, or more where they differ, and planned as often as it takes until the allocator is where it was before.
+//! Layers that repeat are built two to four times, or more where they differ, and planned as often as it takes until the allocator is
+//! where it was before.
 
 /// The longest pattern of layers that is looked for.
 pub(super) const LONGEST_PERIOD: usize = 12;

@@ -184,7 +184,7 @@ pub(super) fn gemma3n(b: &mut Builder<'_>) {
     let attention = b.attention_input();
     let inputs = layer_inputs(b, embedded);
     let weight = b.output_weight("altup_proj.weight");
-    let (n_embd, n_tokens, others) = (b.n_embd, b.n_tokens, b.g.ne(weight)[2]);
+    let (n_embd, n_tokens, others) = (b.n_embd, b.n_tokens, ALTUPS - 1);
     let target = magnitude(b, embedded);
     let repeated = b.g.repeat(embedded, [n_embd, n_tokens, others, 1]);
     let added = b.g.mul_mat(weight, repeated);
@@ -213,7 +213,7 @@ pub(super) fn gemma3n(b: &mut Builder<'_>) {
     let merged = b.g.mul_mat(weight, rest);
     let merged = rescaled(b, merged, target);
     let mut cur = slice(b, cur);
-    for _ in 0..b.g.alike(ALTUPS - 1) {
+    for _ in 0..b.g.alike(others) {
         let one = slice(b, merged);
         cur = b.g.add(cur, one);
     }
