@@ -8,10 +8,19 @@ use super::ops::Graph;
 use super::tensor::{Op, Storage, TensorId};
 
 impl Graph {
-    /// Whether an operation made `a`, in a place of its own; flash attention may run on the host all the same.
+    /// Whether an operation made `a`, in a place of its own and where the others run; flash attention may run on the host all the same, and
+    /// rows of a table there are picked there.
     pub(super) fn is_made(&self, a: TensorId) -> bool {
         let tensor = self.get(a);
-        !matches!(tensor.op, Op::Leaf | Op::View | Op::FlashAttention) && !tensor.is_view()
+        match tensor.op {
+            Op::Leaf | Op::View | Op::FlashAttention => false,
+            Op::GetRows => {
+                let [table, ..] = tensor.sources;
+                let lies = self.get(table).storage.backend();
+                !tensor.is_view() && lies.is_none_or(|backend| backend == 0)
+            }
+            _ => !tensor.is_view(),
+        }
     }
 
     #[cfg_attr(test, track_caller)]

@@ -12,7 +12,7 @@ use super::buffer::Buffer;
 use super::ops::Graph;
 use super::repeats::{LEADING_LAYERS, representatives};
 use super::reserve::Batch;
-use super::tensor::{Op, TensorId};
+use super::tensor::{Op, Storage, TensorId};
 use super::{Workspace, families, plan};
 use crate::estimate::{Backend, CpuMoe, EstimateOptions, FlashAttention, Layout};
 use crate::gguf::{GgmlType, Header, parse};
@@ -99,6 +99,18 @@ fn a_view_of_what_a_model_lacks_reads_nothing_of_an_earlier_graph() {
     for _ in 0..3 {
         let view = graph.reshape_2d(TensorId::NONE, 128, 1);
         assert_eq!(graph.viewed(view), TensorId::NONE);
+    }
+}
+
+#[test]
+fn nothing_is_one_with_rows_that_the_host_picks() {
+    let mut graph = Graph::default();
+    graph.merges = true;
+    let ids = graph.input(GgmlType::I32, [4, 1, 1, 1]);
+    for (backend, merges) in [(0, true), (1, false)] {
+        let table = graph.stored(GgmlType::F32, [8, 16, 1, 1], Storage::Weights(backend));
+        let rows = graph.get_rows(table, ids);
+        assert_eq!(graph.unary_alone(rows) == rows, merges);
     }
 }
 
